@@ -1,0 +1,231 @@
+"""Local distillation: what one client does with the student in one round.
+
+Knowledge distillation after Hinton et al. 2015 (https://arxiv.org/abs/1503.02531): AdamW on
+
+    soft-weight * T^2 KL(teacher || student) + hard-weight * CE(label, student) + hidden-weight * d(hidden states)
+
+over the client's own training examples, in token-budget batches. For a task that predicts a score, KL and
+cross-entropy become squared errors. The three steps are `client_init`, `client_step` and `client_final`; a
+variant such as FedProx is another `client_step`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common import losses
+from common.batches import token_budget_batches
+from common.config import Config
+from common.dataset import Split
+from common.device import Compute
+from common.fixed_point import encode
+from common.seeding import generator, seed_for
+
+LossParts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a client trains, resolved for one round."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    clip_norm: float
+    token_budget: int
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    hidden_weight: float
+    hidden_loss: str
+    hidden_pairs: tuple[tuple[int, int], ...]
+    regression: bool
+
+
+@dataclass
+class ClientState:
+    """What training needs and what it adds up.
+
+    Attributes:
+        start: the round's global weights by name; the update is the difference to them.
+        totals: (4,) summed loss and its soft, hard and hidden parts, weighted by examples.
+        seen: examples passed so far, all epochs.
+    """
+
+    model: Any
+    trained: dict[str, torch.nn.Parameter]
+    start: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    totals: Tensor
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A finished client's part of the sums.
+
+    Attributes:
+        arrays: round(update * examples * 2^32) by parameter name.
+        examples: the weight, the client's number of training examples.
+        losses: mean loss, and its soft, hard and hidden parts.
+    """
+
+    arrays: dict[str, NDArray[np.int64]]
+    examples: int
+    losses: tuple[float, float, float, float] = field(default=(0.0, 0.0, 0.0, 0.0))
+
+
+def make_recipe(config: Config, round_number: int, hidden_pairs: tuple[tuple[int, int], ...]) -> Recipe:
+    """The keys of a run as one round's recipe; the learning rate falls over the rounds."""
+    keys, distill = config.client, config.distill
+    falling = keys.lr_decay == "linear" and config.rounds > 1
+    share = 1.0 - 0.9 * (round_number - 1) / (config.rounds - 1) if falling else 1.0
+    return Recipe(
+        epochs=keys.epochs,
+        lr=keys.lr * share,
+        weight_decay=keys.weight_decay,
+        clip_norm=keys.clip_norm,
+        token_budget=keys.token_budget,
+        temperature=distill.temperature,
+        soft_weight=distill.soft_weight,
+        hard_weight=distill.hard_weight,
+        hidden_weight=distill.hidden_weight,
+        hidden_loss=distill.hidden_loss,
+        hidden_pairs=hidden_pairs,
+        regression=config.task == "stsb",
+    )
+
+
+def client_init(
+    model: Any, trained: dict[str, torch.nn.Parameter], weights: dict[str, Tensor], recipe: Recipe
+) -> ClientState:
+    """Put the round's weights into the resident student, in place, with a fresh optimiser."""
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+            parameter.grad = None
+    model.train()
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    )
+    device = next(iter(trained.values())).device
+    return ClientState(model, trained, weights, optimizer, torch.zeros(4, dtype=torch.float64, device=device))
+
+
+def client_step(
+    state: ClientState,
+    inputs: dict[str, Tensor],
+    soft: Tensor,
+    hard: Tensor | None,
+    recipe: Recipe,
+    compute: Compute,
+    teacher: Any = None,
+) -> None:
+    """One optimiser step on one batch.
+
+    Args:
+        soft: (batch, num_labels) the teacher's logits.
+        hard: (batch,) labels, or None when they have no weight.
+        teacher: the model itself, needed only for a loss on hidden states.
+    """
+    deep = recipe.hidden_weight > 0
+    with compute.autocast():
+        output = state.model(**inputs, output_hidden_states=deep)
+    parts = _label_losses(output.logits.float(), soft, hard, recipe)
+    if deep:
+        with torch.no_grad(), compute.autocast():
+            target = teacher(**inputs, output_hidden_states=True).hidden_states
+        parts["hidden"] = _hidden_loss(output.hidden_states, target, inputs["attention_mask"], recipe)
+    loss = (
+        recipe.soft_weight * parts["soft"] + recipe.hard_weight * parts["hard"] + recipe.hidden_weight * parts["hidden"]
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if recipe.clip_norm > 0:
+        torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
+    state.optimizer.step()
+    size = len(soft)
+    state.totals += torch.stack([loss, parts["soft"], parts["hard"], parts["hidden"]]).detach().double() * size
+    state.seen += size
+
+
+def client_final(state: ClientState, examples: int) -> ClientUpdate:
+    """The update as integers.
+
+    Raises:
+        ValueError: training left NaN, Inf or a huge weight.
+    """
+    arrays = {}
+    for name, parameter in state.trained.items():
+        update = (parameter.detach() - state.start[name]).float().cpu().numpy()
+        arrays[name] = encode(update, examples)
+    loss, soft, hard, hidden = (state.totals / max(state.seen, 1)).tolist()
+    return ClientUpdate(arrays, examples, (loss, soft, hard, hidden))
+
+
+def distil(
+    model: Any,
+    trained: dict[str, torch.nn.Parameter],
+    weights: dict[str, Tensor],
+    data: Split,
+    rows: NDArray[np.int64],
+    soft: NDArray[np.float32],
+    recipe: Recipe,
+    compute: Compute,
+    purpose: Sequence[int],
+    teacher: Any = None,
+) -> ClientUpdate:
+    """Train one client from the round's weights on its rows and return its update.
+
+    Args:
+        rows: (n,) row numbers in ``data``.
+        soft: (n, num_labels) the teacher's logits of these rows.
+        purpose: seed, round and client: every random choice is drawn from them.
+    """
+    seed, *who = purpose
+    torch.manual_seed(seed_for(seed, "dropout", *who))
+    state = client_init(model, trained, weights, recipe)
+    lengths = data.tokens.lengths(rows)
+    targets = torch.from_numpy(soft.copy())
+    for epoch in range(recipe.epochs):
+        for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "batches", *who, epoch)):
+            batch = rows[places]
+            # with no weight on them, labels are not even read: a client may have none
+            hard = torch.from_numpy(np.asarray(data.labels[batch])) if recipe.hard_weight > 0 else None
+            client_step(
+                state,
+                {name: tensor.to(compute.device) for name, tensor in data.tokens.batch(batch).items()},
+                targets[places].to(compute.device),
+                None if hard is None else hard.to(compute.device),
+                recipe,
+                compute,
+                teacher,
+            )
+    return client_final(state, len(rows))
+
+
+def _label_losses(logits: Tensor, soft: Tensor, hard: Tensor | None, recipe: Recipe) -> LossParts:
+    zero = logits.new_zeros(())
+    if recipe.regression:
+        return {
+            "soft": losses.score_error(logits, soft),
+            "hard": zero if hard is None else losses.score_error(logits, hard.float()),
+            "hidden": zero,
+        }
+    return {
+        "soft": losses.soft_targets(logits, soft, recipe.temperature),
+        "hard": zero if hard is None else losses.hard_labels(logits, hard),
+        "hidden": zero,
+    }
+
+
+def _hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, recipe: Recipe) -> Tensor:
+    distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
+    # entry 0 of hidden_states is the embedding's output
+    parts = [distance(student[s + 1].float(), teacher[t + 1].float(), mask) for s, t in recipe.hidden_pairs]
+    return torch.stack(parts).mean()

@@ -1,0 +1,254 @@
+"""Every key of a run, in one typed model.
+
+The same keys come from a TOML file (sections), from ``-s section.key=value`` on the command line and from
+``flwr run . --run-config``. Values are scalars, because that is all Flower carries; lists are written with
+commas. A key that does not exist or a value that does not fit raises `InputError` before anything starts.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+Scalar = str | int | float | bool
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_kebab, validate_default=True)
+
+
+class DataKeys(_Section):
+    source: str = Field("", description="empty: the hub's nyu-mll/glue; a folder laid out like it; a file for `text`")
+    validation: str = Field("", description="for `text`: a file scored at the server; empty: part of the public split")
+    clients: int = Field(0, ge=0, description="number of clients; 0: 10, or one per value for `natural`")
+    partition: Literal["auto", "iid", "dirichlet", "shards", "natural"] = Field(
+        "auto", description="how private text is cut into clients; auto: natural for `toy`, else dirichlet"
+    )
+    partition_by: str = Field("", description="column whose values are the clients of `natural`")
+    alpha: float = Field(1.0, gt=0.0, le=1e6, description="Dirichlet concentration; small: skewed labels and sizes")
+    shards_per_client: int = Field(2, ge=1, description="label shards each client gets with `shards`")
+    min_examples: int = Field(8, ge=2, description="a client with fewer private examples is left out, and said so")
+    public_fraction: Fraction = Field(0.2, description="share of train that the teacher may see")
+    holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
+    text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
+    label_column: str = Field("label", description="for `text`: the column of class names or numbers")
+    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example")
+    limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
+
+
+class TeacherKeys(_Section):
+    model: str = Field("minilm", description="folder, hub id, or `minilm` (the packaged all-MiniLM-L6-v2)")
+    epochs: int = Field(3, ge=1, le=100, description="fine-tuning of a bare encoder on the public split")
+    lr: Rate = Field(1e-4, description="peak learning rate of that fine-tuning")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per fine-tuning batch")
+
+
+class StudentKeys(_Section):
+    layers: int = Field(3, ge=1, description="transformer layers kept")
+    layer_selection: str = Field("spaced", description="`spaced`, or the teacher's layer numbers: 0,2,5")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
+    train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
+
+
+class DistillKeys(_Section):
+    temperature: float = Field(2.0, gt=0.0, le=100.0, description="softens both distributions; the loss is scaled by T^2")
+    soft_weight: Weight = Field(0.7, description="weight of KL(teacher, student) on softened probabilities")
+    hard_weight: Weight = Field(0.3, description="weight of the true label; 0: no label is ever read")
+    hidden_weight: Weight = Field(0.0, description="weight of the loss on hidden states; above 0 the teacher runs along")
+    hidden_loss: Literal["cosine", "mse"] = Field("cosine", description="distance between hidden states")
+    hidden_layers: str = Field("even", description="`even`, `last`, or student:teacher layer pairs: 0:1,2:5")
+
+
+class ClientKeys(_Section):
+    epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
+    lr: Rate = Field(3e-4, description="AdamW learning rate in round 1")
+    lr_decay: Literal["constant", "linear"] = Field("linear", description="over the rounds; linear: down to a tenth")
+    weight_decay: float = Field(0.01, ge=0.0, le=1.0, description="AdamW weight decay")
+    clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where the processor has it")
+
+
+class ServerKeys(_Section):
+    strategy: Literal["fedavg"] = Field("fedavg", description="how updates become the next student")
+    cohort: int = Field(0, ge=0, description="clients per round; 0: all")
+    lr: Rate = Field(1.0, description="step along the mean update; 1: FedAvg")
+    scores: Literal["final", "cohort", "all"] = Field(
+        "final", description="who scores: the cohort each round (and everyone at the end: final), or all each round"
+    )
+    round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
+    max_lost_fraction: Fraction = Field(0.5, description="the run fails when more of a cohort is lost")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class RuntimeKeys(_Section):
+    workers: int = Field(0, ge=0, le=256, description="worker processes; 0: cores divided by threads")
+    threads: int = Field(1, ge=1, le=256, description="threads per worker; part of the bits of the result")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run")
+    cache: str = Field("", description="folder for caches; empty: FEDISTILL_CACHE or ~/.cache/fedistill")
+    out: str = Field("", description="run folder for `flwr run .`; `simulate --out` sets it")
+
+
+class Config(_Section):
+    """A run. `Config()` is the embedded demo; see `load_config` for how keys are given."""
+
+    task: Literal[
+        "sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "toy", "text"
+    ] = Field("toy", description="a GLUE task, `toy` (made by the program) or `text` (your own file)")
+    rounds: int = Field(5, ge=1, le=100_000, description="federated rounds")
+    seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
+    data: DataKeys = DataKeys()
+    teacher: TeacherKeys = TeacherKeys()
+    student: StudentKeys = StudentKeys()
+    distill: DistillKeys = DistillKeys()
+    client: ClientKeys = ClientKeys()
+    server: ServerKeys = ServerKeys()
+    runtime: RuntimeKeys = RuntimeKeys()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values: Any) -> Any:
+        """Resolve ``auto``, so that the run folder's config.toml says what was really done."""
+        if not isinstance(values, dict) or not isinstance(values.get("data", {}), dict):
+            return values
+        data = dict(values.get("data", {}))
+        toy = values.get("task", "toy") == "toy"
+        if data.get("partition", "auto") == "auto":
+            data["partition"] = "natural" if toy else "dirichlet"
+        if data["partition"] == "natural" and toy:
+            data.setdefault("partition-by", "domain")
+        if data["partition"] != "natural" and not data.get("clients"):
+            data["clients"] = 10
+        return {**values, "data": data}
+
+    @model_validator(mode="after")
+    def _keys_that_need_each_other(self) -> "Config":
+        if self.distill.soft_weight + self.distill.hard_weight + self.distill.hidden_weight == 0:
+            raise ValueError("distill.soft-weight, hard-weight and hidden-weight are all 0: nothing to learn from")
+        if self.data.holdout_fraction == 1.0:
+            raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")
+        if self.data.clients and self.server.cohort > self.data.clients:
+            raise ValueError(
+                f"server.cohort = {self.server.cohort}: there are data.clients = {self.data.clients}; "
+                "give at most that"
+            )
+        if self.data.partition == "natural" and not self.data.partition_by:
+            raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
+        if self.task == "text" and not self.data.source:
+            raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
+        return self
+
+    def flat(self) -> dict[str, Scalar]:
+        """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""
+        found: dict[str, Scalar] = {}
+        for name, value in self.model_dump(by_alias=True).items():
+            if isinstance(value, dict):
+                found.update({f"{name}.{key}": inner for key, inner in value.items()})
+            else:
+                found[name] = value
+        return found
+
+    def toml(self) -> str:
+        """All keys as a TOML document that `load_config` reads back to an equal model."""
+        return tomli_w.dumps(self.model_dump(by_alias=True))
+
+
+def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Config:
+    """Read a TOML file, lay ``key=value`` settings over it, check everything.
+
+    Raises:
+        InputError: naming the file or key, what was found and what would be right.
+    """
+    flat: dict[str, Any] = {}
+    if path is not None:
+        flat = _read_toml(path)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"-s {setting}: give key=value, e.g. -s rounds=3")
+        flat[key.strip()] = _parse(text.strip())
+    return from_flat(flat)
+
+
+def from_flat(flat: Mapping[str, Any]) -> Config:
+    """Build a `Config` from dotted keys, as Flower's run config gives them."""
+    known = Config().flat()
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; `fedistill keys` lists all"
+            raise InputError(f"{key}: no such key{hint}")
+        section, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[key] = value
+    try:
+        return Config.model_validate(_numbers_to_text(nested))
+    except ValidationError as error:
+        raise InputError(_first_problem(error)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a TOML file, or none for the demo") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _parse(text: str) -> Scalar:
+    """A value typed on the command line, read as TOML where it is TOML and as plain text where not."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, str | int | float | bool) else text
+
+
+def _numbers_to_text(nested: dict[str, Any]) -> dict[str, Any]:
+    """``student.layer-selection=1`` and ``data.source=2024`` are text that happens to look like a number."""
+    texts = {key for key, value in Config().flat().items() if isinstance(value, str)}
+    result: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            result[name] = {
+                key: str(inner) if f"{name}.{key}" in texts and type(inner) in (int, float) else inner
+                for key, inner in value.items()
+            }
+        else:
+            result[name] = value
+    return result
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"

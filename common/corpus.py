@@ -1,0 +1,266 @@
+"""Reading text: GLUE from a folder or the hub, the program's own corpus, or a user's file.
+
+Everything a user can get wrong in data is found here, before a worker starts. A message names the file, the
+column and the row, never the text or the label: both may be private.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Config
+from common.errors import InputError
+from common.hub import fetch_folder
+from common.seeding import generator
+from common.tasks import GLUE, TOY, Task, text_task
+from common.toy import toy_corpus
+
+GLUE_HUB = "nyu-mll/glue"
+MAX_CLASSES = 256
+READERS = {".csv": "from_csv", ".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples in their original order.
+
+    Attributes:
+        texts: one list of strings per text column, all of the same length n.
+        labels: (n,) int64 classes with -1 for unlabelled, or float64 scores with NaN for unlabelled.
+        owners: (n,) values of ``data.partition-by``, or None.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: NDArray[Any]
+    owners: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: NDArray[np.int64]) -> "Table":
+        rows = index.tolist()
+        texts = tuple([column[i] for i in rows] for column in self.texts)
+        owners = None if self.owners is None else [self.owners[i] for i in rows]
+        return Table(texts, self.labels[index], owners)
+
+    def keys(self) -> NDArray[np.uint8]:
+        """(n, 16) content hash of each example: the same text has the same key wherever it stands."""
+        rows = [hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).digest() for row in zip(*self.texts, strict=True)]
+        return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 16)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.keys().tobytes() + np.ascontiguousarray(self.labels).tobytes())
+        digest.update("\x1f".join(self.owners or []).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A task with its train table and its public validation tables (empty for a file without one)."""
+
+    task: Task
+    train: Table
+    validation: dict[str, Table]
+
+
+def load_corpus(config: Config) -> Corpus:
+    """Read and check the text a run needs.
+
+    Raises:
+        InputError: a file, column, row or key is wrong.
+    """
+    if config.task == "toy":
+        corpus = _toy(config)
+    elif config.task == "text":
+        corpus = _file(config)
+    else:
+        corpus = _glue(config)
+    if config.data.limit and config.data.limit < len(corpus.train):
+        chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
+        corpus = replace(corpus, train=corpus.train.take(np.sort(chosen)))
+    unlabelled = _unlabelled(corpus.train.labels)
+    if config.distill.hard_weight > 0 and unlabelled.any():
+        row = int(np.flatnonzero(unlabelled)[0]) + 1
+        raise InputError(
+            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 to learn "
+            "from the teacher alone"
+        )
+    return corpus
+
+
+def _toy(config: Config) -> Corpus:
+    tables = {}
+    for split, columns in toy_corpus(config.seed).items():
+        labels = np.asarray(columns["label"], dtype=np.int64)
+        owners = None
+        if config.data.partition == "natural":
+            owners = _owners(columns, config.data.partition_by, f"task = {config.task}")
+        tables[split] = Table((columns["sentence"],), labels, owners)
+    return Corpus(TOY, tables["train"], {"validation": tables["validation"]})
+
+
+def _glue(config: Config) -> Corpus:
+    task = GLUE[config.task]
+    if config.data.source:
+        folder = Path(config.data.source).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"data.source = {config.data.source!r}: no such folder; give one laid out like {GLUE_HUB}")
+    else:
+        folder = fetch_folder(GLUE_HUB, "dataset", (f"{task.name}/*",), "data.source")
+    if not (folder / task.name).is_dir():
+        found = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
+        raise InputError(f"data.source = {str(folder)!r}: no folder {task.name} for task = {task.name}; found {found}")
+    train = _read_glue(folder / task.name, "train", task, config)
+    validation = {split: _read_glue(folder / task.name, split, task, None) for split in task.validation}
+    return Corpus(task, train, validation)
+
+
+def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> Table:
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    if not files:
+        raise InputError(f"{folder}: no {split}-*.parquet; the layout of {GLUE_HUB} has it")
+    columns = _read_columns(files, "from_parquet")
+    where = f"{folder}/{split}"
+    texts = _texts(columns, task.text_columns, where, strict=False)
+    owners = None
+    if config is not None and config.data.partition == "natural":
+        owners = _owners(columns, config.data.partition_by, where)
+    return Table(texts, _glue_labels(_column(columns, task.label_column, where), task, where), owners)
+
+
+def _glue_labels(values: Sequence[Any], task: Task, where: str) -> NDArray[Any]:
+    if task.regression:
+        scores = np.asarray(values, dtype=np.float64)
+        wrong = ~((scores >= 0.0) & (scores <= 5.0))
+        allowed = "0 to 5"
+    else:
+        scores = np.asarray(values, dtype=np.int64)
+        wrong = (scores < 0) | (scores >= task.num_labels)
+        allowed = f"0 to {task.num_labels - 1}"
+    if wrong.any():
+        raise InputError(f"{where}: row {int(np.flatnonzero(wrong)[0]) + 1}: the label is outside {allowed}")
+    return scores
+
+
+def _file(config: Config) -> Corpus:
+    data = config.data
+    names = tuple(name.strip() for name in (data.text_columns or "text").split(",") if name.strip())
+    if not 1 <= len(names) <= 2:
+        raise InputError(f"data.text-columns = {data.text_columns!r}: give one column, or two with a comma between")
+    train = _read_file("data.source", data.source)
+    raw = [_label_text(value) for value in _column(train, data.label_column, data.source)]
+    classes = _classes({value for value in raw if value}, data.label_column)
+    owners = _owners(train, data.partition_by, data.source) if data.partition == "natural" else None
+    table = Table(_texts(train, names, data.source, strict=True), _file_labels(raw, classes, data.source), owners)
+    validation = {}
+    if data.validation:
+        other = _read_file("data.validation", data.validation)
+        raw = [_label_text(value) for value in _column(other, data.label_column, data.validation)]
+        labels = _file_labels(raw, classes, data.validation)
+        validation = {"validation": Table(_texts(other, names, data.validation, strict=True), labels)}
+    return Corpus(text_task(names, classes, data.label_column), table, validation)
+
+
+def _read_file(key: str, name: str) -> dict[str, Sequence[Any]]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"{key} = {name!r}: no such file; give a CSV, JSONL or Parquet file")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{key} = {name!r}: unknown kind {path.suffix!r}; give one of {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{name}: the file is empty")
+    if reader != "from_parquet":
+        _check_utf8(path)
+    return _read_columns([path], reader)
+
+
+def _check_utf8(path: Path) -> None:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: line {number}, byte {error.start + 1} is not UTF-8; save it as UTF-8") from None
+
+
+def _read_columns(files: list[Path], reader: str) -> dict[str, Sequence[Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    # as text, or "NA" would be a missing value and "007" a number
+    options = {"dtype": str, "keep_default_na": False} if reader == "from_csv" else {}
+    try:
+        table = getattr(datasets.Dataset, reader)([str(path) for path in files], **options)
+    except Exception as error:  # the readers raise many kinds; their messages can quote the file's text
+        kind = type(error.__cause__ or error).__name__
+        raise InputError(f"{files[0]}: cannot be read as {reader.removeprefix('from_')} ({kind})") from None
+    return {name: table[name][:] for name in table.column_names}
+
+
+def _column(columns: dict[str, Sequence[Any]], name: str, where: str) -> Sequence[Any]:
+    if name not in columns:
+        raise InputError(f"{where}: no column {name!r}; it has {', '.join(columns)}")
+    return columns[name]
+
+
+def _owners(columns: dict[str, Sequence[Any]], name: str, where: str) -> list[str]:
+    return [str(value) for value in _column(columns, name, f"data.partition-by: {where}")]
+
+
+def _texts(
+    columns: dict[str, Sequence[Any]], names: tuple[str, ...], where: str, strict: bool
+) -> tuple[list[str], ...]:
+    """The text columns as stripped strings.
+
+    GLUE's own QQP holds a few pairs with one empty question, so only ``strict`` refuses those; an example
+    with no text at all is always refused.
+    """
+    texts = tuple([_text(value) for value in _column(columns, name, where)] for name in names)
+    if not texts[0]:
+        raise InputError(f"{where}: no rows")
+    for number, row in enumerate(zip(*texts, strict=True), start=1):
+        if not any(row) or (strict and not all(row)):
+            raise InputError(f"{where}: row {number} has no text in {' or '.join(names)}; remove the row or fill it")
+    return texts
+
+
+def _text(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else ""
+    # a lone surrogate survives JSON but is no UTF-8: no tokenizer takes it
+    return text.encode("utf-8", "ignore").decode()
+
+
+def _label_text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a Parquet column of classes with gaps reads back as floats
+    return str(value).strip()
+
+
+def _classes(found: set[str], column: str) -> tuple[str, ...]:
+    if not 2 <= len(found) <= MAX_CLASSES:
+        raise InputError(
+            f"data.label-column = {column!r}: {len(found)} different values; a class column has 2 to {MAX_CLASSES}"
+        )
+    if all(value.isdecimal() for value in found):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found))
+
+
+def _file_labels(raw: list[str], classes: tuple[str, ...], where: str) -> NDArray[np.int64]:
+    number = {name: i for i, name in enumerate(classes)} | {"": -1}
+    for row, value in enumerate(raw, start=1):
+        if value not in number:
+            raise InputError(f"{where}: row {row}: the label is none of the {len(classes)} classes of data.source")
+    return np.asarray([number[value] for value in raw], dtype=np.int64)
+
+
+def _unlabelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.asarray(np.isnan(labels) if labels.dtype.kind == "f" else labels < 0)

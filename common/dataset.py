@@ -1,0 +1,199 @@
+"""The data of a federation, prepared once and mapped into memory by every process.
+
+On disk, under a name that is the hash of everything it depends on: the tokens, labels and content keys of
+the train table, the public rows, each client's private rows (train then held-out, one range per client),
+and the public validation tables. A client is a range of row numbers, so ten thousand cost nothing to open.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Config
+from common.corpus import Corpus, load_corpus
+from common.errors import InputError
+from common.hashing import hash_files, hash_json
+from common.partition import Index, Shard, cut_clients, cut_groups, cut_holdout, text_groups
+from common.progress import Progress
+from common.seeding import generator
+from common.store import build_folder
+from common.tasks import Task
+from common.tokens import Tokens, tokenize
+
+FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spm.model")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokenised examples with their labels and content keys; arrays are mapped, not loaded.
+
+    Attributes:
+        tokens: n examples.
+        labels: (n,) int64 classes (-1: unlabelled) or float64 scores (NaN: unlabelled).
+        keys: (n, 16) uint8 content hash of each example's text.
+    """
+
+    tokens: Tokens
+    labels: NDArray[Any]
+    keys: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FederatedDataset:
+    """One task cut for one federation.
+
+    Attributes:
+        key: hash of everything the data depends on.
+        train: the whole train table; only its public rows may be shown to the teacher's fine-tuning.
+        public: rows of ``train``.
+        validation: public validation splits by name.
+        order, starts, cuts: client c's rows are ``order[starts[c]:starts[c + 1]]``, held-out from
+            ``cuts[c]`` on.
+    """
+
+    key: str
+    task: Task
+    train: Split
+    public: Index
+    validation: dict[str, Split]
+    order: Index
+    starts: Index
+    cuts: Index
+
+    @property
+    def clients(self) -> int:
+        return len(self.cuts)
+
+    @property
+    def train_sizes(self) -> Index:
+        """(clients,) examples each client trains on; 0 marks a client that is left out."""
+        return np.asarray(self.cuts - self.starts[:-1])
+
+    @property
+    def eligible(self) -> Index:
+        """Ids of the clients that take part."""
+        return np.flatnonzero(self.train_sizes > 0)
+
+    def shard(self, client: int) -> Shard:
+        start, cut, end = self.starts[client], self.cuts[client], self.starts[client + 1]
+        return Shard(np.asarray(self.order[start:cut]), np.asarray(self.order[cut:end]))
+
+
+def prepare_dataset(config: Config, tokenizer_folder: Path, cache: Path, progress: Progress) -> FederatedDataset:
+    """Read, check, cut and tokenise the data of a run, or open it where that was done before.
+
+    Raises:
+        InputError: something about the data or its keys is wrong.
+    """
+    corpus = load_corpus(config)
+    key = _key(config, corpus, tokenizer_folder)
+    with build_folder(cache / "datasets" / key) as draft:
+        if draft is not None:
+            _build(config, corpus, tokenizer_folder, draft, progress)
+    return open_dataset(cache, key)
+
+
+def open_dataset(cache: Path, key: str) -> FederatedDataset:
+    """Map a prepared dataset into memory.
+
+    Raises:
+        FileNotFoundError: it is not in this machine's cache.
+    """
+    folder = cache / "datasets" / key
+    meta = json.loads((folder / "dataset.json").read_text())
+    task = Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in meta["task"].items()})
+    splits = {name: _open_split(folder, name, meta) for name in ("train", *meta["validation"])}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("public", "order", "starts", "cuts")}
+    validation = {name: splits[name] for name in meta["validation"]}
+    return FederatedDataset(key=key, task=task, train=splits["train"], validation=validation, **arrays)
+
+
+def tokenizer_hash(folder: Path) -> str:
+    return hash_files(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
+def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
+    keys = config.data.model_dump(exclude={"source", "validation", "text_columns", "label_column", "limit"})
+    return hash_json(
+        {
+            "format": FORMAT,
+            "task": asdict(corpus.task),
+            "seed": config.seed,
+            "data": keys,
+            "train": corpus.train.fingerprint(),
+            "validation": {name: table.fingerprint() for name, table in corpus.validation.items()},
+            "tokenizer": tokenizer_hash(tokenizer_folder),
+        }
+    )[:32]
+
+
+def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path, progress: Progress) -> None:
+    data, table = config.data, corpus.train
+    groups = text_groups(table)
+    public, private = cut_groups(groups, data.public_fraction, generator(config.seed, "public"))
+    validation = dict(corpus.validation)
+    if not validation and len(public):
+        scored, kept = cut_groups(groups[public], 0.2, generator(config.seed, "validation"))
+        validation, public = {"validation": table.take(public[scored])}, public[kept]
+    shards = cut_holdout(
+        cut_clients(table, private, data, config.seed), groups, data.holdout_fraction, data.min_examples, config.seed
+    )
+    if not any(len(shard.train) for shard in shards):
+        raise InputError(
+            f"data.min-examples = {data.min_examples}: no client has that many of the {len(private)} private "
+            "examples; give fewer clients or a smaller minimum"
+        )
+    _save_shards(folder, shards)
+    np.save(folder / "public.npy", public)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tables = {"train": table, **validation}
+    with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
+        for name, each in tables.items():
+            tokenize(each.texts, tokenizer, data.max_length, step.advance).save(folder, name)
+            np.save(folder / f"{name}.labels.npy", each.labels)
+            np.save(folder / f"{name}.keys.npy", each.keys())
+    meta = {
+        "task": asdict(corpus.task),
+        "validation": list(validation),
+        "pad": tokenizer.pad_token_id,
+        "typed": "token_type_ids" in tokenizer.model_input_names,
+    }
+    (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder.
+
+    Raises:
+        InputError: the folder has none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # missing files surface as many different kinds
+        raise InputError(f"{folder}: no tokenizer loads from it ({type(error).__name__})") from None
+
+
+def _save_shards(folder: Path, shards: list[Shard]) -> None:
+    sizes = np.asarray([len(shard) for shard in shards], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    np.save(folder / "starts.npy", starts)
+    np.save(folder / "cuts.npy", starts[:-1] + np.asarray([len(shard.train) for shard in shards], dtype=np.int64))
+    np.save(folder / "order.npy", np.concatenate([np.concatenate([s.train, s.heldout]) for s in shards]))
+
+
+def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:
+    labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
+    keys = np.load(folder / f"{name}.keys.npy", mmap_mode="r")
+    return Split(Tokens.open(folder, name, meta["pad"], meta["typed"]), labels, keys)
+
+

@@ -1,0 +1,139 @@
+"""Teacher and student: loading a frozen teacher, cutting a student from its layers.
+
+Works for the families in `LAYERS` through transformers' Auto classes. To add a family, add the path of its
+layers there; its embeddings must lie under ``<base>.embeddings``.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import InputError
+
+LAYERS = {
+    "bert": "bert.encoder.layer",
+    "distilbert": "distilbert.transformer.layer",
+    "roberta": "roberta.encoder.layer",
+    "electra": "electra.encoder.layer",
+}
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+    "dropout", "attention_dropout", "seq_classif_dropout", "summary_last_dropout",
+)  # fmt: skip
+
+
+def check_family(config: Any, where: str) -> None:
+    """Raise `InputError` unless the model's family can be cut."""
+    if config.model_type not in LAYERS:
+        raise InputError(
+            f"{where}: models of the family {config.model_type!r} cannot be cut; give one of {', '.join(LAYERS)}"
+        )
+
+
+def load_teacher(folder: Path, **overrides: Any) -> Any:
+    """A sequence classifier from a folder of safetensors, frozen and in evaluation mode.
+
+    ``overrides`` go into its configuration, e.g. ``num_labels`` for a bare encoder (its head is then drawn
+    from torch's global generator).
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **overrides
+    )
+    return model.requires_grad_(False).eval()
+
+
+def choose_layers(selection: str, keep: int, have: int) -> tuple[int, ...]:
+    """Which of the teacher's layers the student keeps, ascending.
+
+    ``spaced`` spreads them evenly from the first to the last; for 6 of 12 these are DistilBERT's 0, 2, 4, 7,
+    9, 11 (Sanh et al. 2019). Otherwise the numbers themselves, comma between.
+
+    Raises:
+        InputError: the teacher has no such layers, or their number is not ``keep``.
+    """
+    if keep > have:
+        raise InputError(f"student.layers = {keep}: the teacher has {have} layers; give at most that")
+    if selection == "spaced":
+        return tuple(round(i * (have - 1) / max(keep - 1, 1)) for i in range(keep))
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", selection):
+        raise InputError(f"student.layer-selection = {selection!r}: give `spaced` or layer numbers such as 0,2,5")
+    layers = tuple(int(part) for part in selection.split(","))
+    if list(layers) != sorted(set(layers)) or layers[-1] >= have:
+        raise InputError(
+            f"student.layer-selection = {selection!r}: give different layers in ascending order, from 0 to {have - 1}"
+        )
+    if len(layers) != keep:
+        raise InputError(f"student.layer-selection = {selection!r}: {len(layers)} layers, but student.layers = {keep}")
+    return layers
+
+
+def cut_student(teacher: Any, layers: tuple[int, ...], dropout: float = 0.0) -> Any:
+    """A student of the teacher's family: its embeddings, the chosen layers and its head, copied.
+
+    With all layers chosen and no dropout it computes what the teacher computes.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(layers)
+    for name in DROPOUTS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, dropout)
+    with torch.random.fork_rng(devices=[]):  # the random weights drawn here are all overwritten
+        student = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    prefix = LAYERS[config.model_type]
+    kept = {}
+    for name, tensor in teacher.state_dict().items():
+        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
+        if match is None:
+            kept[name] = tensor
+        elif int(match[1]) in layers:
+            kept[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = tensor
+    student.load_state_dict(kept, strict=True)
+    return student.eval()
+
+
+def freeze_embeddings(model: Any, train_embeddings: bool) -> dict[str, torch.nn.Parameter]:
+    """Set what is trained and return it by name; frozen weights get no gradient and never travel."""
+    embeddings = f"{model.base_model_prefix}.embeddings."
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(train_embeddings or not name.startswith(embeddings))
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """All weights, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def pair_hidden_layers(pairs: str, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+    """Which student layer's output is compared with which teacher layer's, both counted from 0.
+
+    ``even`` spreads the teacher over the student so that the last meets the last (TinyBERT's uniform map);
+    ``last`` compares only those two (DistilBERT).
+
+    Raises:
+        InputError: a layer does not exist.
+    """
+    last = (student_layers - 1, teacher_layers - 1)
+    if pairs == "last":
+        return (last,)
+    if pairs == "even":
+        return tuple(
+            (layer, (layer + 1) * teacher_layers // student_layers - 1) for layer in range(student_layers)
+        )
+    if not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", pairs):
+        raise InputError(f"distill.hidden-layers = {pairs!r}: give `even`, `last` or pairs such as 0:1,2:5")
+    found = tuple((int(a), int(b)) for a, b in (pair.split(":") for pair in pairs.split(",")))
+    if any(a > last[0] or b > last[1] for a, b in found):
+        raise InputError(
+            f"distill.hidden-layers = {pairs!r}: student layers go to {last[0]}, teacher layers to {last[1]}"
+        )
+    return found

@@ -1,0 +1,62 @@
+"""Files that are whole or absent: the cache folder, atomic writes, one builder at a time."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def cache_folder(configured: str = "") -> Path:
+    """Where tokenised data, fine-tuned teachers and their outputs are kept between runs.
+
+    In this order: the key ``runtime.cache``, the variable ``FEDISTILL_CACHE``, ``~/.cache/fedistill``.
+    """
+    chosen = configured or os.environ.get("FEDISTILL_CACHE", "")
+    folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedistill"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, a kill or a full disk finds the old content or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def build_folder(target: Path) -> Iterator[Path | None]:
+    """Build a folder once: yields an empty folder to fill, or None when ``target`` is there already.
+
+    Other processes that want the same folder wait. The filled folder takes its final name in one step, so
+    a builder that is killed leaves nothing that looks finished.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        yield None
+        return
+    with FileLock(str(target) + ".lock"):
+        if target.is_dir():
+            yield None
+            return
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            draft.rename(target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise

@@ -1,0 +1,86 @@
+"""Tokenised text as flat arrays that processes map into memory instead of loading."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """n tokenised examples.
+
+    Attributes:
+        ids: (total,) int32 word-piece numbers, examples one after the other.
+        offsets: (n + 1,) int64 where each example starts.
+        second: (n,) int32 position at which token type 1 starts (the length when there is none).
+        pad: the padding piece's number.
+        typed: whether the model takes ``token_type_ids``.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    second: NDArray[np.int32]
+    pad: int
+    typed: bool
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(self.offsets[rows + 1] - self.offsets[rows])
+
+    def batch(self, rows: NDArray[np.int64], length: int = 0) -> dict[str, torch.Tensor]:
+        """The model's inputs for some rows, each (len(rows), length) int64, padded at the right.
+
+        ``length`` 0 means the longest of the rows.
+        """
+        lengths = self.lengths(rows)
+        width = length or int(lengths.max())
+        place = np.arange(width)
+        real = place < lengths[:, None]
+        flat = np.where(real, self.offsets[rows][:, None] + place, 0)
+        inputs = {
+            "input_ids": np.where(real, self.ids[flat], self.pad).astype(np.int64),
+            "attention_mask": real.astype(np.int64),
+        }
+        if self.typed:
+            inputs["token_type_ids"] = (real & (place >= self.second[rows][:, None])).astype(np.int64)
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+    def save(self, folder: Path, name: str) -> None:
+        for part in ("ids", "offsets", "second"):
+            np.save(folder / f"{name}.{part}.npy", getattr(self, part))
+
+    @classmethod
+    def open(cls, folder: Path, name: str, pad: int, typed: bool) -> "Tokens":
+        """Map saved arrays into memory; nothing is read until it is used."""
+        parts = [np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("ids", "offsets", "second")]
+        return cls(parts[0], parts[1], parts[2], pad, typed)
+
+
+def tokenize(
+    texts: tuple[list[str], ...], tokenizer: Any, max_length: int, advance: Callable[[int], None]
+) -> Tokens:
+    """Tokenise single texts or pairs, truncated to ``max_length`` pieces (the longer of a pair first)."""
+    typed = "token_type_ids" in tokenizer.model_input_names
+    ids: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
+    second: list[int] = []
+    for start in range(0, len(texts[0]), CHUNK):
+        columns = [column[start : start + CHUNK] for column in texts]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=typed)
+        for row, pieces in enumerate(encoded["input_ids"]):
+            ids.append(np.asarray(pieces, dtype=np.int32))
+            lengths.append(len(pieces))
+            types = encoded["token_type_ids"][row] if typed else []
+            second.append(types.index(1) if 1 in types else len(pieces))
+        advance(len(columns[0]))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Tokens(np.concatenate(ids), offsets, np.asarray(second, dtype=np.int32), tokenizer.pad_token_id, typed)

@@ -1,0 +1,137 @@
+"""What a run has measured so far, and the summary of it."""
+
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from common.hashing import hash_tensors
+from common.models import count_parameters
+from server.preparation import Federation
+
+PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "datasets", "flwr-datasets", "numpy")
+
+
+@dataclass
+class History:
+    """Sums over the rounds and the latest scores.
+
+    Attributes:
+        student, teacher: federated scores of the last evaluation, over the same examples.
+        validation: the student's scores on the public validation split after the last round.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    rounds: int = 0
+    examples: int = 0
+    train_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    failed: int = 0
+    rejected: int = 0
+    late: int = 0
+    student: dict[str, float] = field(default_factory=dict)
+    teacher: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+
+
+def retention(student: dict[str, float], teacher: dict[str, float], metric: str) -> float:
+    """Student's score over the teacher's; NaN where it means nothing (no score, or a teacher at 0 or below)."""
+    above, below = student.get(metric, math.nan), teacher.get(metric, math.nan)
+    return above / below if below > 0 else math.nan
+
+
+def client_spread(scores: Sequence[float | None]) -> dict[str, float]:
+    """How a headline score differs between clients: where the worst tenth ends, deviation, mean, how many.
+
+    Only clients whose own score is defined count (a matthews correlation needs both classes, say).
+    """
+    found = np.asarray([score for score in scores if score is not None])
+    if not len(found):
+        return {"clients": 0}
+    return {
+        "worst_decile": float(np.quantile(found, 0.1)),
+        "std": float(found.std()),
+        "mean": float(found.mean()),
+        "clients": len(found),
+    }
+
+
+def summarise(federation: Federation, history: History, status: str) -> dict[str, Any]:
+    """The contents of summary.json."""
+    data, metric = federation.data, federation.data.task.headline
+    student_size, teacher_size = count_parameters(federation.student), federation.teacher_parameters
+    teacher = {
+        "params": teacher_size,
+        "federated": history.teacher,
+        "validation": federation.teacher_validation,
+        "fine_tuned_on": federation.teacher.fine_tuned_on,
+    }
+    student = {
+        "params": student_size,
+        "params_ratio": student_size / teacher_size,
+        "layers": list(federation.layers),
+        "federated": history.student,
+        "validation": history.validation,
+    }
+    # the sum is not masked or noised here: nothing is claimed
+    privacy = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}
+    return {
+        "status": status,
+        "task": data.task.name,
+        "metric": metric,
+        "seed": federation.config.seed,
+        "rounds": history.rounds,
+        "clients": data.clients,
+        "clients_left_out": data.clients - len(data.eligible),
+        "cohort": federation.config.server.cohort or len(data.eligible),
+        "teacher": teacher,
+        "student": student,
+        "retention": {
+            "federated": retention(history.student, history.teacher, metric),
+            "validation": retention(history.validation, federation.teacher_validation, metric),
+        },
+        "spread": history.spread,
+        "privacy": privacy,
+        "cost": _cost(history),
+        "faults": {"failed": history.failed, "rejected": history.rejected, "late": history.late},
+        "student_sha256": hash_tensors(federation.student.state_dict()),
+        "versions": _versions(),
+    }
+
+
+def unprepared_summary(config: Any, status: str) -> dict[str, Any]:
+    """The summary of a run that ended before its federation was ready."""
+    return {
+        "status": status,
+        "task": config.task,
+        "seed": config.seed,
+        "rounds": 0,
+        "clients": config.data.clients,
+        "versions": _versions(),
+    }
+
+
+def _cost(history: History) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    return {
+        "wall_s": time.monotonic() - history.started,
+        "train_s": history.train_seconds,
+        "examples": history.examples,
+        "examples_per_s": history.examples / history.train_seconds if history.train_seconds else 0.0,
+        "bytes_up": history.bytes_up,
+        "bytes_down": history.bytes_down,
+        "peak_rss_mb": peak,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -1,0 +1,52 @@
+"""A whole run at the server: rounds, then the student and the summary, whatever happens in between."""
+
+from collections.abc import Callable
+from typing import Any
+
+from common.dataset import load_tokenizer
+from common.errors import Interrupted, RunFailed
+from common.progress import Progress
+from server.history import summarise
+from server.preparation import Federation
+from server.run_folder import RunFolder
+from server.strategy import FederatedDistillation
+
+
+def run_federation(
+    federation: Federation,
+    folder: RunFolder,
+    grid: Any,
+    progress: Progress,
+    nodes: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run all rounds, leave the run folder complete, return the summary.
+
+    A run that fails or is stopped leaves a summary that says so, and its checkpoints.
+
+    Raises:
+        RunFailed, Interrupted: see `FederatedDistillation.run`; any other error is passed on.
+    """
+    strategy = FederatedDistillation(federation, folder, progress, nodes, stopped)
+    status = "failed"
+    try:
+        strategy.run(grid)
+        save_student(federation, folder)
+        status = "completed"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    except OSError as error:
+        raise RunFailed(f"{error.filename or folder.path}: {error.strerror}") from error
+    finally:
+        strategy.put_weights_into_student()
+        summary = summarise(federation, strategy.history, status)
+        folder.save_summary(summary)
+    return summary
+
+
+def save_student(federation: Federation, folder: RunFolder) -> None:
+    """Write student/, which plain transformers opens."""
+    target = folder.path / "student"
+    federation.student.to("cpu").save_pretrained(target)
+    load_tokenizer(federation.teacher.folder).save_pretrained(target)

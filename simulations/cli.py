@@ -1,0 +1,108 @@
+"""The command line. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 stopped by the user."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.config import Config, load_config
+from common.errors import InputError, Interrupted, RunFailed
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Federated knowledge distillation: many clients, one shared teacher, one small student, exact scores.",
+)
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="keys in TOML; none: the demo")]
+Settings = Annotated[
+    list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="one key; `fedistill keys` lists them")
+]
+
+
+@app.command()
+def simulate(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default: runs/TASK-TIME")] = None,
+) -> None:
+    """Run a whole federation on this machine: workers on Ray, one table at the end."""
+    keys = load_config(config, settings or [])
+    from simulations.simulate import simulate as run
+
+    run(keys, out)
+
+
+@app.command()
+def teacher(
+    out: Annotated[Path, typer.Option(help="folder for the fine-tuned teacher")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Fine-tune the shared teacher on the public split and save it as a plain transformers folder."""
+    keys = load_config(config, settings or [])
+    from simulations.teach import save_teacher
+
+    save_teacher(keys, out)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write RUN/report.html again, from what the run folder holds."""
+    from simulations.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def keys() -> None:
+    """List every key, its default and what it means."""
+    for name, default, meaning in describe_keys():
+        typer.echo(f"{name} = {default}\n    {meaning}")
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(key, default as TOML, meaning) of every key, in the order of the model."""
+
+    def toml(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+    defaults, found = Config().flat(), []
+    for name, entry in Config.model_fields.items():
+        section = entry.annotation
+        inner = getattr(section, "model_fields", None)
+        if inner is None:
+            found.append((name, toml(defaults[name]), entry.description or ""))
+            continue
+        for part, field in inner.items():
+            key = f"{name}.{part.replace('_', '-')}"
+            found.append((key, toml(defaults[key]), field.description or ""))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; turns our three errors into their exit codes."""
+    sys.exit(_exit_code(lambda: app(args=arguments, standalone_mode=True)))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except InputError as error:
+        print(f"fedistill: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"fedistill: the run failed: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt):
+        print("fedistill: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""``fedistill simulate``: prepare in this process, run on Ray, end with a table and a truthful exit code."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import Config
+from common.errors import InputError, Interrupted, RunFailed
+from common.progress import Progress
+from server.app import default_folder
+from server.history import unprepared_summary
+from server.run_folder import RunFolder
+from simulations.display import chatter_in, progress_for
+from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, run_on_ray, worker_count
+from simulations.table import result_table
+
+INTERRUPTED = 130
+
+
+def simulate(config: Config, out: Path | None) -> dict[str, Any]:
+    """Run a whole federation in the foreground and return its summary.
+
+    Raises:
+        InputError: nothing was started, the output folder is as it was.
+        RunFailed: the run folder says how far it came.
+        Interrupted: likewise.
+    """
+    folder = RunFolder(out or default_folder(config), config)
+    stop = threading.Event()
+    with chatter_in(folder.path / "log.txt") as console:
+        progress = progress_for(console)
+        try:
+            with _signals(stop) as prepared:
+                from server.preparation import prepare
+
+                federation = prepare(config, progress)
+                prepared()
+                _say_what_runs(progress, config, federation)
+                summary = _run(federation, folder, progress, stop)
+        except InputError:
+            folder.release()
+            raise
+        except (KeyboardInterrupt, Interrupted):
+            kill_children()
+            if not (folder.path / "summary.json").exists():
+                folder.save_summary(unprepared_summary(config, "interrupted"))
+            raise Interrupted from None
+        except Exception:
+            if not (folder.path / "summary.json").exists():
+                folder.save_summary(unprepared_summary(config, "failed"))
+            raise
+        _show(console, summary, folder)
+    return summary
+
+
+def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+    from server.run import run_federation
+
+    outcome: list[Any] = []
+    nodes = worker_count(federation.config)
+
+    def serve(grid: Any) -> None:
+        try:
+            outcome.append(run_federation(federation, folder, grid, progress, nodes, stop.is_set))
+        except BaseException as error:
+            outcome.append(error)  # the runtime would wrap it; we want it as it is
+            raise
+
+    with progress.step("start the workers", None), ends_within(stop, GRACE_SECONDS, INTERRUPTED):
+        try:
+            run_on_ray(serve, federation.config)
+        except BaseException:
+            if not outcome:
+                raise
+    if not outcome:
+        raise RunFailed("the simulation runtime ended before the run; see log.txt")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    found: dict[str, Any] = outcome[0]
+    return found
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM: raise while preparing; during the run only set ``stop``, the server thread sees it.
+
+    Yields a function to call when preparation is over.
+    """
+    running = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.set()
+        if not running.is_set():
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield running.set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
+    data = federation.data
+    left_out = data.clients - len(data.eligible)
+    note = f", {left_out} left out with fewer than {config.data.min_examples} examples" if left_out else ""
+    cohort = config.server.cohort or len(data.eligible)
+    progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
+
+
+def _show(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
+    from simulations.report import write_report
+
+    report = write_report(folder.path)
+    console.print(result_table(summary))
+    console.print(f"report  {report}\nfolder  {folder.path}", markup=False, highlight=False, soft_wrap=True)
