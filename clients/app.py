@@ -94,5 +94,3 @@ def _finished(instruction: Instruction) -> Callable[[], None]:
             stream.write(b".")
 
     return mark
-
-

@@ -30,6 +30,28 @@ LossParts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Student:
+    """The resident model and those of its weights that are trained, by name."""
+
+    model: Any
+    trained: dict[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class TrainingShard:
+    """One client's training examples.
+
+    Attributes:
+        rows: (n,) row numbers in ``data``.
+        soft: (n, num_labels) the teacher's logits of these rows.
+    """
+
+    data: Split
+    rows: NDArray[np.int64]
+    soft: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a client trains, resolved for one round."""
 
@@ -57,8 +79,7 @@ class ClientState:
         seen: examples passed so far, all epochs.
     """
 
-    model: Any
-    trained: dict[str, torch.nn.Parameter]
+    student: Student
     start: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     totals: Tensor
@@ -101,20 +122,16 @@ def make_recipe(config: Config, round_number: int, hidden_pairs: tuple[tuple[int
     )
 
 
-def client_init(
-    model: Any, trained: dict[str, torch.nn.Parameter], weights: dict[str, Tensor], recipe: Recipe
-) -> ClientState:
+def client_init(student: Student, weights: dict[str, Tensor], recipe: Recipe) -> ClientState:
     """Put the round's weights into the resident student, in place, with a fresh optimiser."""
+    parameters = list(student.trained.values())
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in student.trained.items():
             parameter.copy_(weights[name])
-            parameter.grad = None
-    model.train()
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
-    device = next(iter(trained.values())).device
-    return ClientState(model, trained, weights, optimizer, torch.zeros(4, dtype=torch.float64, device=device))
+    student.model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    optimizer.zero_grad(set_to_none=True)
+    return ClientState(student, weights, optimizer, torch.zeros(4, dtype=torch.float64, device=parameters[0].device))
 
 
 def client_step(
@@ -122,6 +139,7 @@ def client_step(
     inputs: dict[str, Tensor],
     soft: Tensor,
     hard: Tensor | None,
+    *,
     recipe: Recipe,
     compute: Compute,
     teacher: Any = None,
@@ -135,7 +153,7 @@ def client_step(
     """
     deep = recipe.hidden_weight > 0
     with compute.autocast():
-        output = state.model(**inputs, output_hidden_states=deep)
+        output = state.student.model(**inputs, output_hidden_states=deep)
     parts = _label_losses(output.logits.float(), soft, hard, recipe)
     if deep:
         with torch.no_grad(), compute.autocast():
@@ -147,7 +165,7 @@ def client_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if recipe.clip_norm > 0:
-        torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
+        torch.nn.utils.clip_grad_norm_(list(state.student.trained.values()), recipe.clip_norm)
     state.optimizer.step()
     size = len(soft)
     state.totals += torch.stack([loss, parts["soft"], parts["hard"], parts["hidden"]]).detach().double() * size
@@ -161,7 +179,7 @@ def client_final(state: ClientState, examples: int) -> ClientUpdate:
         ValueError: training left NaN, Inf or a huge weight.
     """
     arrays = {}
-    for name, parameter in state.trained.items():
+    for name, parameter in state.student.trained.items():
         update = (parameter.detach() - state.start[name]).float().cpu().numpy()
         arrays[name] = encode(update, examples)
     loss, soft, hard, hidden = (state.totals / max(state.seen, 1)).tolist()
@@ -169,44 +187,36 @@ def client_final(state: ClientState, examples: int) -> ClientUpdate:
 
 
 def distil(
-    model: Any,
-    trained: dict[str, torch.nn.Parameter],
+    student: Student,
     weights: dict[str, Tensor],
-    data: Split,
-    rows: NDArray[np.int64],
-    soft: NDArray[np.float32],
+    shard: TrainingShard,
+    *,
     recipe: Recipe,
     compute: Compute,
-    purpose: Sequence[int],
+    seed: int,
+    who: tuple[int, int],
     teacher: Any = None,
 ) -> ClientUpdate:
-    """Train one client from the round's weights on its rows and return its update.
+    """Train one client from the round's weights and return its update.
 
     Args:
-        rows: (n,) row numbers in ``data``.
-        soft: (n, num_labels) the teacher's logits of these rows.
-        purpose: seed, round and client: every random choice is drawn from them.
+        who: (round, client); with the seed they determine every random choice.
+        teacher: the model, for a loss on hidden states.
     """
-    seed, *who = purpose
     torch.manual_seed(seed_for(seed, "dropout", *who))
-    state = client_init(model, trained, weights, recipe)
-    lengths = data.tokens.lengths(rows)
-    targets = torch.from_numpy(soft.copy())
+    state = client_init(student, weights, recipe)
+    data, device = shard.data, compute.device
+    lengths = data.tokens.lengths(shard.rows)
+    targets = torch.from_numpy(shard.soft.copy())
     for epoch in range(recipe.epochs):
         for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "batches", *who, epoch)):
-            batch = rows[places]
+            batch = shard.rows[places]
             # with no weight on them, labels are not even read: a client may have none
-            hard = torch.from_numpy(np.asarray(data.labels[batch])) if recipe.hard_weight > 0 else None
-            client_step(
-                state,
-                {name: tensor.to(compute.device) for name, tensor in data.tokens.batch(batch).items()},
-                targets[places].to(compute.device),
-                None if hard is None else hard.to(compute.device),
-                recipe,
-                compute,
-                teacher,
-            )
-    return client_final(state, len(rows))
+            hard = torch.from_numpy(np.asarray(data.labels[batch])).to(device) if recipe.hard_weight > 0 else None
+            inputs = {name: tensor.to(device) for name, tensor in data.tokens.batch(batch).items()}
+            soft = targets[places].to(device)
+            client_step(state, inputs, soft, hard, recipe=recipe, compute=compute, teacher=teacher)
+    return client_final(state, len(shard.rows))
 
 
 def _label_losses(logits: Tensor, soft: Tensor, hard: Tensor | None, recipe: Recipe) -> LossParts:

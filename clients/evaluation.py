@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from common.corpus import labelled
 from common.dataset import Split
 from common.metrics import ScoreSpec, scores, tally
 
@@ -19,7 +20,7 @@ def held_out_statistics(
         The statistics vector (see `common.metrics`), and the score, None where it is undefined.
     """
     labels = np.asarray(data.labels[rows])
-    labelled = ~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0
-    statistics = tally(spec, logits[labelled], labels[labelled])
+    known = labelled(labels)
+    statistics = tally(spec, logits[known], labels[known])
     score = scores(spec, statistics)[spec.metrics[0]]
     return statistics, None if np.isnan(score) else float(score)

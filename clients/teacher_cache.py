@@ -58,7 +58,7 @@ class TeacherCache:
         found: dict[bytes, bytes] = {}
         for chunk in _chunks(names, 900):
             marks = ",".join("?" * len(chunk))
-            query = f"SELECT example, logits FROM outputs WHERE example IN ({marks})"  # noqa: S608: only marks
+            query = f"SELECT example, logits FROM outputs WHERE example IN ({marks})"  # noqa: S608 (marks only)
             found.update(row for row in self.database.execute(query, chunk) if len(row[1]) == 4 * self.width)
         return found
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clients.distillation import ClientUpdate, distil, make_recipe
+from clients.distillation import ClientUpdate, Student, TrainingShard, distil, make_recipe
 from clients.evaluation import held_out_statistics
 from clients.teacher_cache import TeacherCache
 from common.config import Config
@@ -29,6 +29,7 @@ from common.store import cache_folder
 from common.wire import NOT_FINITE, ClientLine
 
 Sums = dict[str, NDArray[np.int64]]
+TEACH_AT_ONCE = 8  # clients whose examples share the teacher's blocks: small shards would leave most rows empty
 
 
 class ClientRefused(Exception):
@@ -60,10 +61,9 @@ class Worker:
         have = self.teacher.config.num_hidden_layers
         layers = choose_layers(config.student.layer_selection, config.student.layers, have)
         self.pairs = pair_hidden_layers(config.distill.hidden_layers, len(layers), have)
-        self.student = cut_student(self.teacher, layers, config.student.dropout)
         self.teacher.to(self.compute.device)
-        self.student.to(self.compute.device)
-        self.trained = freeze_embeddings(self.student, config.student.train_embeddings)
+        model = cut_student(self.teacher, layers, config.student.dropout).to(self.compute.device)
+        self.student = Student(model, freeze_embeddings(model, config.student.train_embeddings))
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher_folder)),
@@ -75,17 +75,19 @@ class Worker:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays a message must bring."""
-        return {name: tuple(parameter.shape) for name, parameter in self.trained.items()}
+        return {name: tuple(parameter.shape) for name, parameter in self.student.trained.items()}
 
     def teach(self, clients: Sequence[int], finished: Callable[[], None]) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""
         lines = []
-        for client in clients:
+        for chunk in (clients[start : start + TEACH_AT_ONCE] for start in range(0, len(clients), TEACH_AT_ONCE)):
             began = time.perf_counter()
-            shard = self.data.shard(client)
-            self._teacher_logits(np.concatenate([shard.train, shard.heldout]))
-            lines.append(ClientLine(client, len(shard), time.perf_counter() - began))
-            finished()
+            shards = [self.data.shard(client) for client in chunk]
+            self._teacher_logits(np.concatenate([part for shard in shards for part in (shard.train, shard.heldout)]))
+            each = (time.perf_counter() - began) / len(chunk)
+            for client, shard in zip(chunk, shards, strict=True):
+                lines.append(ClientLine(client, len(shard), each))
+                finished()
         return lines
 
     def train(
@@ -119,7 +121,7 @@ class Worker:
     ) -> tuple[Sums, Sums, list[ClientLine]]:
         """Statistics of the student, and of the teacher, on the held-out rows of some clients."""
         with torch.no_grad():
-            for name, parameter in self.trained.items():
+            for name, parameter in self.student.trained.items():
                 parameter.copy_(torch.from_numpy(arrays[name].copy()))
         length = statistics_length(self.spec)
         total: dict[str, Sums] = {
@@ -130,7 +132,7 @@ class Worker:
             began = time.perf_counter()
             rows = self.data.shard(client).heldout
             try:
-                logits = predict(self.student, self.data.train.tokens, rows, self.compute)
+                logits = predict(self.student.model, self.data.train.tokens, rows, self.compute)
                 student, score = held_out_statistics(self.spec, self.data.train, rows, logits)
                 teacher, _ = held_out_statistics(self.spec, self.data.train, rows, self._teacher_logits(rows))
             except Exception as error:
@@ -148,15 +150,13 @@ class Worker:
             raise ClientRefused("no training examples")
         return distil(
             self.student,
-            self.trained,
             weights,
-            self.data.train,
-            rows,
-            self._teacher_logits(rows),
-            make_recipe(self.config, round_number, self.pairs),
-            self.compute,
-            (self.config.seed, round_number, client),
-            self.teacher,
+            TrainingShard(self.data.train, rows, self._teacher_logits(rows)),
+            recipe=make_recipe(self.config, round_number, self.pairs),
+            compute=self.compute,
+            seed=self.config.seed,
+            who=(round_number, client),
+            teacher=self.teacher,
         )
 
     def _teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -4,9 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def token_budget_batches(
-    lengths: NDArray[np.int64], budget: int, rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
+def token_budget_batches(lengths: NDArray[np.int64], budget: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
     """Cut n examples into batches and shuffle them.
 
     Examples are sorted by length, equal lengths in random order, and cut so that rows times the longest row

@@ -64,10 +64,14 @@ class StudentKeys(_Section):
 
 
 class DistillKeys(_Section):
-    temperature: float = Field(2.0, gt=0.0, le=100.0, description="softens both distributions; the loss is scaled by T^2")
+    temperature: float = Field(
+        2.0, gt=0.0, le=100.0, description="softens both distributions; the loss is scaled by T^2"
+    )
     soft_weight: Weight = Field(0.7, description="weight of KL(teacher, student) on softened probabilities")
     hard_weight: Weight = Field(0.3, description="weight of the true label; 0: no label is ever read")
-    hidden_weight: Weight = Field(0.0, description="weight of the loss on hidden states; above 0 the teacher runs along")
+    hidden_weight: Weight = Field(
+        0.0, description="weight of the loss on hidden states; above 0 the teacher runs along"
+    )
     hidden_loss: Literal["cosine", "mse"] = Field("cosine", description="distance between hidden states")
     hidden_layers: str = Field("even", description="`even`, `last`, or student:teacher layer pairs: 0:1,2:5")
 
@@ -79,7 +83,9 @@ class ClientKeys(_Section):
     weight_decay: float = Field(0.01, ge=0.0, le=1.0, description="AdamW weight decay")
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 autocast where the processor has it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 autocast where the processor has it"
+    )
 
 
 class ServerKeys(_Section):
@@ -105,9 +111,9 @@ class RuntimeKeys(_Section):
 class Config(_Section):
     """A run. `Config()` is the embedded demo; see `load_config` for how keys are given."""
 
-    task: Literal[
-        "sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "toy", "text"
-    ] = Field("toy", description="a GLUE task, `toy` (made by the program) or `text` (your own file)")
+    task: Literal["sst2", "cola", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "toy", "text"] = Field(
+        "toy", description="a GLUE task, `toy` (made by the program) or `text` (your own file)"
+    )
     rounds: int = Field(5, ge=1, le=100_000, description="federated rounds")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random choice")
     data: DataKeys = DataKeys()
@@ -142,8 +148,7 @@ class Config(_Section):
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")
         if self.data.clients and self.server.cohort > self.data.clients:
             raise ValueError(
-                f"server.cohort = {self.server.cohort}: there are data.clients = {self.data.clients}; "
-                "give at most that"
+                f"server.cohort = {self.server.cohort}: there are data.clients = {self.data.clients}; give at most that"
             )
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")

@@ -5,7 +5,7 @@ column and the row, never the text or the label: both may be private.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ class Table:
 
     def keys(self) -> NDArray[np.uint8]:
         """(n, 16) content hash of each example: the same text has the same key wherever it stands."""
-        rows = [hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).digest() for row in zip(*self.texts, strict=True)]
+        rows = [
+            hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).digest() for row in zip(*self.texts, strict=True)
+        ]
         return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 16)
 
     def fingerprint(self) -> str:
@@ -83,7 +85,7 @@ def load_corpus(config: Config) -> Corpus:
     if config.data.limit and config.data.limit < len(corpus.train):
         chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
         corpus = replace(corpus, train=corpus.train.take(np.sort(chosen)))
-    unlabelled = _unlabelled(corpus.train.labels)
+    unlabelled = ~labelled(corpus.train.labels)
     if config.distill.hard_weight > 0 and unlabelled.any():
         row = int(np.flatnonzero(unlabelled)[0]) + 1
         raise InputError(
@@ -186,7 +188,9 @@ def _check_utf8(path: Path) -> None:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(f"{path}: line {number}, byte {error.start + 1} is not UTF-8; save it as UTF-8") from None
+                raise InputError(
+                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8; save it as UTF-8"
+                ) from None
 
 
 def _read_columns(files: list[Path], reader: str) -> dict[str, Sequence[Any]]:
@@ -203,13 +207,13 @@ def _read_columns(files: list[Path], reader: str) -> dict[str, Sequence[Any]]:
     return {name: table[name][:] for name in table.column_names}
 
 
-def _column(columns: dict[str, Sequence[Any]], name: str, where: str) -> Sequence[Any]:
+def _column(columns: Mapping[str, Sequence[Any]], name: str, where: str) -> Sequence[Any]:
     if name not in columns:
         raise InputError(f"{where}: no column {name!r}; it has {', '.join(columns)}")
     return columns[name]
 
 
-def _owners(columns: dict[str, Sequence[Any]], name: str, where: str) -> list[str]:
+def _owners(columns: Mapping[str, Sequence[Any]], name: str, where: str) -> list[str]:
     return [str(value) for value in _column(columns, name, f"data.partition-by: {where}")]
 
 
@@ -262,5 +266,6 @@ def _file_labels(raw: list[str], classes: tuple[str, ...], where: str) -> NDArra
     return np.asarray([number[value] for value in raw], dtype=np.int64)
 
 
-def _unlabelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    return np.asarray(np.isnan(labels) if labels.dtype.kind == "f" else labels < 0)
+def labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """(n,) where there is a label: scores use NaN for none, classes -1."""
+    return np.asarray(~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0)

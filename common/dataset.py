@@ -109,7 +109,8 @@ def open_dataset(cache: Path, key: str) -> FederatedDataset:
     """
     folder = cache / "datasets" / key
     meta = json.loads((folder / "dataset.json").read_text())
-    task = Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in meta["task"].items()})
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in meta["task"].items()}
+    task = Task(**fields)
     splits = {name: _open_split(folder, name, meta) for name in ("train", *meta["validation"])}
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("public", "order", "starts", "cuts")}
     validation = {name: splits[name] for name in meta["validation"]}
@@ -195,5 +196,3 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:
     labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
     keys = np.load(folder / f"{name}.keys.npy", mmap_mode="r")
     return Split(Tokens.open(folder, name, meta["pad"], meta["typed"]), labels, keys)
-
-

@@ -15,7 +15,7 @@ def fetch_folder(repo: str, kind: Literal["model", "dataset"], patterns: tuple[s
         InputError: the hub cannot be reached or has no such thing; says what was wanted and how to give it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:

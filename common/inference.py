@@ -6,6 +6,7 @@ example's own length alone: the same example gives the same bits in any batch, w
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def padded_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @torch.inference_mode()
 def predict(
-    model: torch.nn.Module,
+    model: Any,
     tokens: Tokens,
     rows: NDArray[np.int64],
     compute: Compute,

@@ -1,6 +1,5 @@
 """Distillation losses, each with its formula and source. To add one, add a function and a key for its weight."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -78,24 +78,18 @@ class ScoreSpec:
 
     def __post_init__(self) -> None:
         if self.num_labels < 1:
-            raise ValueError(
-                f"num_labels is {self.num_labels}; it must be 1 (a score) or the number of classes"
-            )
+            raise ValueError(f"num_labels is {self.num_labels}; it must be 1 (a score) or the number of classes")
         if not self.metrics or len(set(self.metrics)) != len(self.metrics):
             raise ValueError(f"metrics is {self.metrics!r}; name at least one, and each once")
         allowed = REGRESSION_METRICS if self.num_labels == 1 else CLASS_METRICS
         for name in self.metrics:
             if name not in allowed:
-                raise ValueError(
-                    f"metric {name!r} does not go with num_labels={self.num_labels}: use {allowed}"
-                )
+                raise ValueError(f"metric {name!r} does not go with num_labels={self.num_labels}: use {allowed}")
         if "f1" in self.metrics and self.num_labels != 2:
             raise ValueError(f"metric 'f1' needs num_labels=2, not {self.num_labels}: use 'f1_macro'")
         low, high = self.label_range
         if self.num_labels == 1 and not (low < high and math.isfinite(high - low)):
-            raise ValueError(
-                f"label_range is {self.label_range}; it must be two finite numbers, the lower first"
-            )
+            raise ValueError(f"label_range is {self.label_range}; it must be two finite numbers, the lower first")
 
 
 def statistics_length(spec: ScoreSpec) -> int:
@@ -188,9 +182,7 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
 # Classes
 
 
-def _tally_classes(
-    spec: ScoreSpec, logits: NDArray[np.float64], labels: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _tally_classes(spec: ScoreSpec, logits: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.int64]:
     k = spec.num_labels
     if ((labels < 0) | (labels >= k) | (labels != np.rint(labels))).any():
         raise ValueError(f"labels must be whole numbers from 0 to {k - 1}")
@@ -208,9 +200,7 @@ def _class_score(name: str, confusion: list[list[int]]) -> float:
         return sum(hits) / n
     if name == "matthews":
         covariance = sum(hits) * n - _dot(labelled, predicted)
-        return _correlation(
-            covariance, n * n - _dot(predicted, predicted), n * n - _dot(labelled, labelled), 0.0
-        )
+        return _correlation(covariance, n * n - _dot(predicted, predicted), n * n - _dot(labelled, labelled), 0.0)
     f1 = [2 * h / (t + p) if t + p else 0.0 for h, t, p in zip(hits, labelled, predicted, strict=True)]
     return f1[1] if name == "f1" else math.fsum(f1) / len(f1)
 
@@ -218,9 +208,7 @@ def _class_score(name: str, confusion: list[list[int]]) -> float:
 # Regression: exact moments
 
 
-def _tally_scores(
-    spec: ScoreSpec, predictions: NDArray[np.float64], labels: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _tally_scores(spec: ScoreSpec, predictions: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.int64]:
     low, high = spec.label_range
     width = high - low
     if ((labels < low - LABEL_SLACK * width) | (labels > high + LABEL_SLACK * width)).any():
@@ -241,9 +229,7 @@ def _tally_scores(
     centre = (low + np.arange(LABEL_BINS) * width / (LABEL_BINS - 1))[column]
     double = labels == centre
     single = (labels == centre.astype(np.float32)) & ~double
-    statistics[_TIES] = np.concatenate(
-        [np.bincount(column[t], minlength=LABEL_BINS) for t in (double, single)]
-    )
+    statistics[_TIES] = np.concatenate([np.bincount(column[t], minlength=LABEL_BINS) for t in (double, single)])
     return statistics
 
 
@@ -254,9 +240,7 @@ def _on_grid(name: str, values: NDArray[np.float64], label_range: tuple[float, f
     with np.errstate(over="ignore"):
         steps = np.rint(np.ldexp(values - (low + (high - low) / 2), GRID_BITS - exponent))
     if (np.abs(steps) > 2.0**VALUE_BITS).any():
-        raise ValueError(
-            f"{name} lie more than 2^{VALUE_BITS - GRID_BITS + exponent} from the middle of label_range"
-        )
+        raise ValueError(f"{name} lie more than 2^{VALUE_BITS - GRID_BITS + exponent} from the middle of label_range")
     whole: list[int] = steps.astype(np.int64).tolist()
     return whole
 
@@ -357,9 +341,7 @@ def _spread(counts: NDArray[np.object_]) -> NDArray[np.object_]:
     return spread
 
 
-def _within(
-    joint: NDArray[np.object_], ranks: NDArray[np.object_], counts: NDArray[np.object_]
-) -> NDArray[np.object_]:
+def _within(joint: NDArray[np.object_], ranks: NDArray[np.object_], counts: NDArray[np.object_]) -> NDArray[np.object_]:
     """Per column of `joint`, the sum of squares of the ranks of its rows around their mean in it."""
     # One division of exact integers: the difference of two floats could lose every digit.
     within: NDArray[np.object_] = (counts * (ranks**2 @ joint) - (ranks @ joint) ** 2) / counts

@@ -126,9 +126,7 @@ def pair_hidden_layers(pairs: str, student_layers: int, teacher_layers: int) -> 
     if pairs == "last":
         return (last,)
     if pairs == "even":
-        return tuple(
-            (layer, (layer + 1) * teacher_layers // student_layers - 1) for layer in range(student_layers)
-        )
+        return tuple((layer, (layer + 1) * teacher_layers // student_layers - 1) for layer in range(student_layers))
     if not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", pairs):
         raise InputError(f"distill.hidden-layers = {pairs!r}: give `even`, `last` or pairs such as 0:1,2:5")
     found = tuple((int(a), int(b)) for a, b in (pair.split(":") for pair in pairs.split(",")))

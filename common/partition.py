@@ -37,15 +37,14 @@ def text_groups(table: Table) -> NDArray[np.int64]:
 
     number: dict[str, int] = {}
     nodes = [
-        [number.setdefault(" ".join(text.casefold().split()), len(number)) for text in column]
-        for column in table.texts
+        [number.setdefault(" ".join(text.casefold().split()), len(number)) for text in column] for column in table.texts
     ]
     if len(nodes) == 1:
         return np.asarray(nodes[0], dtype=np.int64)
     first, second = (np.asarray(column, dtype=np.int64) for column in nodes)
     links = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(len(number),) * 2)
     _, component = connected_components(links, directed=False)
-    return component[first].astype(np.int64)
+    return np.asarray(component[first], dtype=np.int64)
 
 
 def cut_groups(groups: NDArray[np.int64], share: float, rng: np.random.Generator) -> tuple[Index, Index]:
@@ -91,9 +90,7 @@ def cut_clients(table: Table, rows: Index, keys: DataKeys, seed: int) -> list[In
         raise InputError(f"data.partition = {keys.partition}: {error}") from None
 
 
-def cut_holdout(
-    shards: list[Index], groups: NDArray[np.int64], share: float, minimum: int, seed: int
-) -> list[Shard]:
+def cut_holdout(shards: list[Index], groups: NDArray[np.int64], share: float, minimum: int, seed: int) -> list[Shard]:
     """Cut each shard into train and held-out; a group that several clients hold stays on one side.
 
     A client with fewer than ``minimum`` examples keeps none: it is left out of the federation.
@@ -144,8 +141,8 @@ def _natural(table: Table, rows: Index, keys: DataKeys) -> list[Index]:
     from datasets import Dataset
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
-    assert table.owners is not None
-    owners = [table.owners[row] for row in rows.tolist()]
+    everyone = table.owners or []
+    owners = [everyone[row] for row in rows.tolist()]
     distinct = len(set(owners))
     if keys.clients not in (0, distinct):
         raise InputError(
@@ -154,11 +151,10 @@ def _natural(table: Table, rows: Index, keys: DataKeys) -> list[Index]:
         )
     partitioner = NaturalIdPartitioner(partition_by="owner")
     partitioner.dataset = Dataset.from_dict({"row": rows, "owner": owners})
-    by_name = {
-        str(name): np.sort(np.asarray(partitioner.load_partition(number)["row"][:], dtype=np.int64))
-        for number, name in partitioner.partition_id_to_natural_id.items()
-    }
-    return [by_name[name] for name in sorted(by_name)]
+    parts = [partitioner.load_partition(number)["row"][:] for number in range(partitioner.num_partitions)]
+    # the partitioner numbers owners as it meets them; ids by name do not depend on the order of the table
+    parts.sort(key=lambda part: everyone[part[0]])
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 
 
 def _partition_classes(labels: NDArray[Any]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TextIO
+from typing import IO, Protocol
 
 
 class Step(Protocol):
@@ -56,7 +56,7 @@ class _LineStep:
 class Lines:
     """Plain progress: a line per step every few seconds while it runs, and the caller's own lines."""
 
-    def __init__(self, stream: TextIO | None = None, every: float = 10.0) -> None:
+    def __init__(self, stream: IO[str] | None = None, every: float = 10.0) -> None:
         self.stream, self.every = stream, every
 
     def line(self, text: str) -> None:

@@ -65,9 +65,7 @@ class Tokens:
         return cls(parts[0], parts[1], parts[2], pad, typed)
 
 
-def tokenize(
-    texts: tuple[list[str], ...], tokenizer: Any, max_length: int, advance: Callable[[int], None]
-) -> Tokens:
+def tokenize(texts: tuple[list[str], ...], tokenizer: Any, max_length: int, advance: Callable[[int], None]) -> Tokens:
     """Tokenise single texts or pairs, truncated to ``max_length`` pieces (the longer of a pair first)."""
     typed = "token_type_ids" in tokenizer.model_input_names
     ids: list[NDArray[np.int32]] = []

@@ -67,9 +67,7 @@ class RunningSum:
         self.lines.extend(accepted)
 
 
-def fedavg(
-    weights: Mapping[str, NDArray[Any]], total: RunningSum, server_lr: float
-) -> dict[str, NDArray[np.float32]]:
+def fedavg(weights: Mapping[str, NDArray[Any]], total: RunningSum, server_lr: float) -> dict[str, NDArray[np.float32]]:
     """The next round's weights. Raises ValueError when nobody is in the sum."""
     return {
         name: (weight.astype(np.float64) + server_lr * mean(total.totals[name], total.weight)).astype(np.float32)

@@ -17,6 +17,7 @@ def run_federation(
     folder: RunFolder,
     grid: Any,
     progress: Progress,
+    *,
     nodes: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def run_federation(
     Raises:
         RunFailed, Interrupted: see `FederatedDistillation.run`; any other error is passed on.
     """
-    strategy = FederatedDistillation(federation, folder, progress, nodes, stopped)
+    strategy = FederatedDistillation(federation, folder, progress, nodes=nodes, stopped=stopped)
     status = "failed"
     try:
         strategy.run(grid)

@@ -101,7 +101,7 @@ class FederatedDistillation(Strategy):
     """
 
     def __init__(
-        self, federation: Federation, folder: RunFolder, progress: Progress, nodes: int, stopped: Callable[[], bool]
+        self, federation: Federation, folder: RunFolder, progress: Progress, *, nodes: int, stopped: Callable[[], bool]
     ) -> None:
         self.federation, self.folder, self.progress = federation, folder, progress
         self.config, self.data = federation.config, federation.data
@@ -143,7 +143,7 @@ class FederatedDistillation(Strategy):
     ) -> Iterable[Message]:
         self.cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, server_round)
         self._teach(server_round, self.cohort, grid)
-        return self._ask("train", "train", server_round, self.cohort, grid, self.weights)
+        return self._ask("train", "train", server_round, self.cohort, grid=grid, arrays=self.weights)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -165,7 +165,7 @@ class FederatedDistillation(Strategy):
         everyone = self.config.server.scores == "all" or (self.config.server.scores == "final" and last)
         clients = tuple(self.sizes) if everyone else self.cohort
         self._teach(server_round, clients, grid)
-        return self._ask("score", "evaluate", server_round, clients, grid, self.weights)
+        return self._ask("score", "evaluate", server_round, clients, grid=grid, arrays=self.weights)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         shapes = {"statistics": (statistics_length(self.data.task.score_spec),)}
@@ -191,7 +191,7 @@ class FederatedDistillation(Strategy):
     # --- one exchange ---------------------------------------------------------------------------
 
     def _ask(
-        self, name: str, kind: str, server_round: int, clients: Sequence[int], grid: Grid, arrays: Any
+        self, name: str, kind: str, server_round: int, clients: Sequence[int], *, grid: Grid, arrays: Any
     ) -> list[Message]:
         """Messages of one phase, one per node; opens its progress step."""
         lists = assign(clients, self.sizes, sorted(grid.get_node_ids()))
@@ -238,7 +238,7 @@ class FederatedDistillation(Strategy):
         new = [client for client in clients if client not in self.taught]
         if not new:
             return
-        messages = self._ask("teacher outputs", "query.teach", server_round, new, grid, {})
+        messages = self._ask("teacher outputs", "query.teach", server_round, new, grid=grid, arrays={})
         phase = self._collect(
             grid.send_and_receive(messages, timeout=self.config.server.round_timeout), {}, lambda sums, lines: None
         )
@@ -384,5 +384,3 @@ def _reason(reply: Message) -> str:
     reason = reply.error.reason or ""
     kind = reason.rsplit(":<'", 1)[-1].removesuffix("'>").splitlines()[0] if reason.strip() else "no reason given"
     return kind[:120]
-
-

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.batches import token_budget_batches
 from common.config import Config
+from common.corpus import labelled
 from common.dataset import FederatedDataset, load_tokenizer
 from common.device import choose_compute
 from common.errors import InputError
@@ -158,7 +159,9 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
             inputs = {name: tensor.to(compute.device) for name, tensor in data.train.tokens.batch(batch).items()}
             with compute.autocast():
                 logits = model(**inputs).logits
-            loss = score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
+            loss = (
+                score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,8 +172,7 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
 
 
 def _labelled(data: FederatedDataset, rows: Index) -> Index:
-    labels = data.train.labels[rows]
-    return rows[labels == labels] if labels.dtype.kind == "f" else rows[labels >= 0]
+    return rows[labelled(data.train.labels[rows])]
 
 
 def _head_of(task: Task) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from common.corpus import labelled
 from common.dataset import FederatedDataset
 from common.device import Compute
 from common.inference import predict
@@ -19,7 +20,7 @@ def validate(model: Any, data: FederatedDataset, compute: Compute) -> dict[str, 
     found: dict[str, float] = {}
     for name, split in data.validation.items():
         labels = np.asarray(split.labels)
-        rows = np.flatnonzero(~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0)
+        rows = np.flatnonzero(labelled(labels))
         logits = predict(model, split.tokens, rows, compute)
         result = scores(data.task.score_spec, tally(data.task.score_spec, logits, labels[rows]))
         if not found:

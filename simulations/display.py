@@ -86,5 +86,3 @@ def console_on(stream: TextIO) -> Console:
     """A rich console on a stream, 80 columns wide at least when nobody can tell."""
     terminal = stream.isatty()
     return Console(file=stream, force_terminal=terminal, width=None if terminal else 100)
-
-

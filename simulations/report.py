@@ -4,6 +4,7 @@ import html
 import io
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def _figure(lines: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 
     mpl.use("svg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -145,7 +147,7 @@ def _figure(lines: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         scores = [line["student"][metric] for line in valid]
         axes.plot([line["round"] for line in valid], scores, "s:", color="#5a7d2a", label="student, validation")
     axes.set(xlabel="round", ylabel=metric)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     drawn = io.StringIO()
@@ -155,7 +157,7 @@ def _figure(lines: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     return f"<figure role='img' aria-label='{label}'>{svg[svg.index('<svg') :]}</figure>"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def cells(tag: str, row: tuple[str, ...]) -> str:
         return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 

@@ -66,7 +66,7 @@ def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading
 
     def serve(grid: Any) -> None:
         try:
-            outcome.append(run_federation(federation, folder, grid, progress, nodes, stop.is_set))
+            outcome.append(run_federation(federation, folder, grid, progress, nodes=nodes, stopped=stop.is_set))
         except BaseException as error:
             outcome.append(error)  # the runtime would wrap it; we want it as it is
             raise

@@ -1,5 +1,6 @@
 """The table at the end of a run."""
 
+import math
 from typing import Any
 
 from rich.table import Table
@@ -31,10 +32,9 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def _score(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _share(above: float | None, below: float | None) -> str:
-    if above is None or not below or above != above or below != below or below < 0:
-        return "-"
-    return f"{above / below:.1%}"
+    share = math.nan if above is None or below is None or below <= 0 else above / below
+    return "-" if math.isnan(share) else f"{share:.1%}"

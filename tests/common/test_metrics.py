@@ -27,9 +27,7 @@ TIES = -2 * 101
 
 
 def class_spec(k):
-    return ScoreSpec(
-        k, ("accuracy", "f1", "f1_macro", "matthews") if k == 2 else ("accuracy", "f1_macro", "matthews")
-    )
+    return ScoreSpec(k, ("accuracy", "f1", "f1_macro", "matthews") if k == 2 else ("accuracy", "f1_macro", "matthews"))
 
 
 def logits_of(classes, k):
@@ -192,9 +190,7 @@ def test_pearson_of_summed_shards_is_the_pooled_one(seed):
     rng = np.random.default_rng(seed)
     predictions, labels = stsb_like(rng, int(rng.integers(3, 500)), noise=rng.choice([0.01, 0.8, 20.0]))
     got = federated(STSB, predictions, labels, cut(rng, len(labels)))
-    assert got["pearson"] == pytest.approx(
-        pearsonr(predictions.astype(float), labels.astype(float))[0], abs=1e-9
-    )
+    assert got["pearson"] == pytest.approx(pearsonr(predictions.astype(float), labels.astype(float))[0], abs=1e-9)
     assert got["n"] == len(labels)
 
 
@@ -292,18 +288,12 @@ def test_spearman_is_within_its_bound(kind, seed):
     assert_bound_holds(predictions, labels, cut(rng, len(labels)))
 
 
-tight = st.integers(0, 60).map(
-    lambda i: 2.5 + i / 1000
-)  # 61 values within six prediction bins, or two label bins
+tight = st.integers(0, 60).map(lambda i: 2.5 + i / 1000)  # 61 values within six prediction bins, or two label bins
 wide = st.floats(-20, 20, width=32)
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.tuples(tight | wide, tight | st.integers(0, 25).map(lambda i: i / 5)), min_size=2, max_size=25
-    )
-)
+@given(st.lists(st.tuples(tight | wide, tight | st.integers(0, 25).map(lambda i: i / 5)), min_size=2, max_size=25))
 def test_spearman_is_within_its_bound_wherever_values_share_a_bin(pairs):
     assert_bound_holds(*np.array(pairs).T)
 
@@ -334,9 +324,7 @@ def test_labels_next_to_a_bin_centre_are_not_taken_for_ties():
     labels = np.concatenate([labels, labels + 1.0])
     rising, _ = assert_bound_holds(np.arange(14) / 3, labels)
     falling, _ = assert_bound_holds(np.arange(14) / 3, labels[[*range(6, -1, -1), *range(13, 6, -1)]])
-    assert rising == pytest.approx(
-        {**falling, "pearson": rising["pearson"]}
-    )  # the histogram cannot tell them apart
+    assert rising == pytest.approx({**falling, "pearson": rising["pearson"]})  # the histogram cannot tell them apart
     assert rising["spearman_bound"] > 0.1
 
 
