@@ -1,0 +1,77 @@
+"""What several tests need: tiny random models and a tokenizer made on the spot, a cache folder per session."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORDS = """the a this that film meal phone room was is not never good bad great awful cold warm light heavy very
+really and but or it we they had have battery service story staff price noise quick slow kind rude fresh dull
+clean dirty happy sad best worst love hate no yes one two""".split()
+
+
+def make_tokenizer(folder: Path, family: str = "bert") -> None:
+    """A small word-piece (BERT-like) or byte-level (RoBERTa) tokenizer, saved as transformers saves it."""
+    letters = [chr(c) for c in range(97, 123)] + list("0123456789.,!?'-")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *WORDS]
+    if family == "roberta":
+        from tokenizers import ByteLevelBPETokenizer
+        from transformers import RobertaTokenizerFast
+
+        raw = ByteLevelBPETokenizer()
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        raw.train_from_iterator([" ".join(WORDS)] * 5, vocab_size=400, special_tokens=specials)
+        raw.save(str(folder / "raw.json"))
+        RobertaTokenizerFast(tokenizer_file=str(folder / "raw.json")).save_pretrained(folder)
+        (folder / "raw.json").unlink()
+        return
+    from transformers import BertTokenizerFast, DistilBertTokenizerFast, ElectraTokenizerFast
+
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    kinds = {"bert": BertTokenizerFast, "distilbert": DistilBertTokenizerFast, "electra": ElectraTokenizerFast}
+    kinds[family].from_pretrained(folder).save_pretrained(folder)
+
+
+def make_teacher(folder: Path, family: str = "bert", labels: int = 2, layers: int = 4, seed: int = 0) -> Path:
+    """A tiny random classifier with its tokenizer: 16 wide, `layers` layers; labels 0 leaves the head out."""
+    import transformers as hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder, family)
+    vocab = len(hf.AutoTokenizer.from_pretrained(folder))
+    small: dict[str, Any] = {"vocab_size": vocab, "max_position_embeddings": 66, "num_labels": labels or 2}
+    usual = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {
+        "bert": lambda: hf.BertConfig(**small, **usual),
+        "roberta": lambda: hf.RobertaConfig(**{**small, "max_position_embeddings": 68}, **usual, type_vocab_size=1),
+        "electra": lambda: hf.ElectraConfig(**small, **usual, embedding_size=8),
+        "distilbert": lambda: hf.DistilBertConfig(**small, dim=16, n_layers=layers, n_heads=2, hidden_dim=32),
+    }[family]()
+    torch.manual_seed(seed)
+    if labels:
+        model = hf.AutoModelForSequenceClassification.from_config(config)
+        with torch.no_grad():  # a random head says nothing: make logits differ between examples
+            for name, parameter in model.named_parameters():
+                if name.startswith("classifier"):
+                    parameter.mul_(20.0)
+    else:
+        model = hf.AutoModel.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No test reads or fills the user's cache, and none asks the hub."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FEDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT classifier with two labels and four layers."""
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
