@@ -134,8 +134,8 @@ class Config(_Section):
         toy = values.get("task", "toy") == "toy"
         if data.get("partition", "auto") == "auto":
             data["partition"] = "natural" if toy else "dirichlet"
-        if data["partition"] == "natural" and toy:
-            data.setdefault("partition-by", "domain")
+        if data["partition"] == "natural" and toy and not data.get("partition-by"):
+            data["partition-by"] = "domain"
         if data["partition"] != "natural" and not data.get("clients"):
             data["clients"] = 10
         return {**values, "data": data}
@@ -171,6 +171,17 @@ class Config(_Section):
         return tomli_w.dumps(self.model_dump(by_alias=True))
 
 
+def default_keys() -> dict[str, Scalar]:
+    """Every key with its default as written, before ``auto`` is resolved for a task."""
+    found: dict[str, Scalar] = {}
+    for name, entry in Config.model_fields.items():
+        if isinstance(entry.default, _Section):
+            found.update({f"{name}.{key}": value for key, value in entry.default.model_dump(by_alias=True).items()})
+        else:
+            found[name] = entry.default
+    return found
+
+
 def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Config:
     """Read a TOML file, lay ``key=value`` settings over it, check everything.
 
@@ -190,7 +201,7 @@ def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Confi
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
     """Build a `Config` from dotted keys, as Flower's run config gives them."""
-    known = Config().flat()
+    known = default_keys()
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         if key not in known:
@@ -237,7 +248,7 @@ def _parse(text: str) -> Scalar:
 
 def _numbers_to_text(nested: dict[str, Any]) -> dict[str, Any]:
     """``student.layer-selection=1`` and ``data.source=2024`` are text that happens to look like a number."""
-    texts = {key for key, value in Config().flat().items() if isinstance(value, str)}
+    texts = {key for key, value in default_keys().items() if isinstance(value, str)}
     result: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):

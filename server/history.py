@@ -24,6 +24,7 @@ class History:
     """Sums over the rounds and the latest scores.
 
     Attributes:
+        losses: mean loss of the last round and its parts.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
     """
@@ -37,6 +38,7 @@ class History:
     failed: int = 0
     rejected: int = 0
     late: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)

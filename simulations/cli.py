@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import Config, load_config
+from common.config import Config, default_keys, load_config
 from common.errors import InputError, Interrupted, RunFailed
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def describe_keys() -> list[tuple[str, str, str]]:
     def toml(value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
-    defaults, found = Config().flat(), []
+    defaults, found = default_keys(), []
     for name, entry in Config.model_fields.items():
         section = entry.annotation
         inner = getattr(section, "model_fields", None)

@@ -1,0 +1,40 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test unit lint bench clean
+
+demo: .venv/demo  ## the main job on the embedded corpus: no data set, no download but the packages
+	$(BIN)/fedistill simulate
+
+test: .venv/dev  ## every test this machine can run; says what it skipped and why
+	$(BIN)/pytest
+
+unit: .venv/dev  ## the quick tier: no Flower run, no real data
+	$(BIN)/pytest -m "not integration and not real"
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/dev  ## training speed against a bare PyTorch loop
+	$(BIN)/fedistill bench
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# torch first and by its exact version: another package's range could draw another build of it
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch==2.13.0
+	touch $@
+
+.venv/demo: .venv/torch pyproject.toml
+	$(INSTALL) -e ".[demo]"
+	touch $@
+
+.venv/dev: .venv/demo
+	$(INSTALL) -e ".[demo,dev]"
+	touch $@
