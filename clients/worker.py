@@ -83,7 +83,7 @@ class Worker:
         for chunk in (clients[start : start + TEACH_AT_ONCE] for start in range(0, len(clients), TEACH_AT_ONCE)):
             began = time.perf_counter()
             shards = [self.data.shard(client) for client in chunk]
-            self._teacher_logits(np.concatenate([part for shard in shards for part in (shard.train, shard.heldout)]))
+            self.teacher_logits(np.concatenate([part for shard in shards for part in (shard.train, shard.heldout)]))
             each = (time.perf_counter() - began) / len(chunk)
             for client, shard in zip(chunk, shards, strict=True):
                 lines.append(ClientLine(client, len(shard), each))
@@ -134,7 +134,7 @@ class Worker:
             try:
                 logits = predict(self.student.model, self.data.train.tokens, rows, self.compute)
                 student, score = held_out_statistics(self.spec, self.data.train, rows, logits)
-                teacher, _ = held_out_statistics(self.spec, self.data.train, rows, self._teacher_logits(rows))
+                teacher, _ = held_out_statistics(self.spec, self.data.train, rows, self.teacher_logits(rows))
             except Exception as error:
                 lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
             else:
@@ -151,7 +151,7 @@ class Worker:
         return distil(
             self.student,
             weights,
-            TrainingShard(self.data.train, rows, self._teacher_logits(rows)),
+            TrainingShard(self.data.train, rows, self.teacher_logits(rows)),
             recipe=make_recipe(self.config, round_number, self.pairs),
             compute=self.compute,
             seed=self.config.seed,
@@ -159,7 +159,9 @@ class Worker:
             teacher=self.teacher,
         )
 
-    def _teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(rows), num_labels) the teacher's outputs, from disk where they are there."""
+
         def compute(places: NDArray[np.int64]) -> NDArray[np.float32]:
             return predict(self.teacher, self.data.train.tokens, rows[places], self.compute)
 

@@ -57,6 +57,20 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 
 @app.command()
+def bench(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    repeats: Annotated[int, typer.Option(min=1, help="how often each arm is timed")] = 5,
+    out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+) -> None:
+    """Training speed of one federated round against a bare PyTorch loop."""
+    chosen = load_config(config, settings or [])
+    from simulations.bench import bench as run
+
+    run(chosen, repeats, out)
+
+
+@app.command()
 def keys() -> None:
     """List every key, its default and what it means."""
     for name, default, meaning in describe_keys():

@@ -28,8 +28,8 @@ def worker_count(config: Config) -> int:
     return config.runtime.workers or max((os.cpu_count() or 1) // config.runtime.threads, 1)
 
 
-def run_on_ray(serve: Callable[[Any], None], config: Config) -> None:
-    """Call ``serve(grid)`` against worker processes that run our ClientApp; returns when it is done.
+def run_on_ray(serve: Callable[[Any], None], config: Config, client_app: Any = None) -> None:
+    """Call ``serve(grid)`` against worker processes that run a ClientApp, ours by default; returns when done.
 
     Blocks the calling thread. What ``serve`` raises is raised here.
     """
@@ -39,7 +39,7 @@ def run_on_ray(serve: Callable[[Any], None], config: Config) -> None:
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
-    from clients.app import app as client_app
+    from clients.app import app as our_client_app
 
     server_app = ServerApp()
 
@@ -50,7 +50,7 @@ def run_on_ray(serve: Callable[[Any], None], config: Config) -> None:
     workers, threads = worker_count(config), config.runtime.threads
     run_simulation(
         server_app=server_app,
-        client_app=client_app,
+        client_app=client_app or our_client_app,
         num_supernodes=workers,
         backend_config={
             "client_resources": {"num_cpus": threads, "num_gpus": 0.0},

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +12,19 @@ from rich.console import Console
 
 from common.config import Config
 from common.errors import InputError, Interrupted, RunFailed
-from common.progress import Progress
+from common.progress import Progress, Silent
 from server.app import default_folder
 from server.history import unprepared_summary
 from server.run_folder import RunFolder
 from simulations.display import chatter_in, progress_for
+from simulations.report import write_report
 from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, run_on_ray, worker_count
 from simulations.table import result_table
 
 INTERRUPTED = 130
 
 
-def simulate(config: Config, out: Path | None) -> dict[str, Any]:
+def simulate(config: Config, out: Path | None, quiet: bool = False) -> dict[str, Any]:
     """Run a whole federation in the foreground and return its summary.
 
     Raises:
@@ -33,7 +35,7 @@ def simulate(config: Config, out: Path | None) -> dict[str, Any]:
     folder = RunFolder(out or default_folder(config), config)
     stop = threading.Event()
     with chatter_in(folder.path / "log.txt") as console:
-        progress = progress_for(console)
+        progress = Silent() if quiet else progress_for(console)
         try:
             with _signals(stop) as prepared:
                 from server.preparation import prepare
@@ -50,11 +52,16 @@ def simulate(config: Config, out: Path | None) -> dict[str, Any]:
             if not (folder.path / "summary.json").exists():
                 folder.save_summary(unprepared_summary(config, "interrupted"))
             raise Interrupted from None
-        except Exception:
+        except Exception as error:
             if not (folder.path / "summary.json").exists():
                 folder.save_summary(unprepared_summary(config, "failed"))
-            raise
-        _show(console, summary, folder)
+            if isinstance(error, RunFailed):
+                raise
+            traceback.print_exc()  # goes to log.txt: a person gets one line
+            raise RunFailed(f"{type(error).__name__}, see {folder.path / 'log.txt'}") from error
+        report = write_report(folder.path)
+        if not quiet:
+            _show(console, summary, folder, report)
     return summary
 
 
@@ -114,9 +121,6 @@ def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
 
 
-def _show(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
-    from simulations.report import write_report
-
-    report = write_report(folder.path)
+def _show(console: Console, summary: dict[str, Any], folder: RunFolder, report: Path) -> None:
     console.print(result_table(summary))
     console.print(f"report  {report}\nfolder  {folder.path}", markup=False, highlight=False, soft_wrap=True)

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-WORDS = (
-    "the a this that film meal phone room was is not never good bad great awful cold warm light heavy very really "
-    "and but or it we they had have battery service story staff price noise quick slow kind rude fresh dull clean "
-    "dirty happy sad best worst love hate no yes one two"
-).split()
+_SOME = "the a this that film meal phone room was is not never good bad great awful cold warm light heavy very really"
+_OTHERS = "and but or it we they had have battery service story staff price noise quick slow kind rude fresh dull clean"
+_LAST = "dirty happy sad best worst love hate no yes one two"
+WORDS = [*_SOME.split(), *_OTHERS.split(), *_LAST.split()]
 
 
 def make_tokenizer(folder: Path, family: str = "bert") -> None:
