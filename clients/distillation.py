@@ -101,7 +101,9 @@ class ClientUpdate:
     losses: tuple[float, float, float, float] = field(default=(0.0, 0.0, 0.0, 0.0))
 
 
-def make_recipe(config: Config, round_number: int, hidden_pairs: tuple[tuple[int, int], ...]) -> Recipe:
+def make_recipe(
+    config: Config, round_number: int, hidden_pairs: tuple[tuple[int, int], ...], regression: bool
+) -> Recipe:
     """The keys of a run as one round's recipe; the learning rate falls over the rounds."""
     keys, distill = config.client, config.distill
     falling = keys.lr_decay == "linear" and config.rounds > 1
@@ -118,7 +120,7 @@ def make_recipe(config: Config, round_number: int, hidden_pairs: tuple[tuple[int
         hidden_weight=distill.hidden_weight,
         hidden_loss=distill.hidden_loss,
         hidden_pairs=hidden_pairs,
-        regression=config.task == "stsb",
+        regression=regression,
     )
 
 

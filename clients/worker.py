@@ -152,7 +152,7 @@ class Worker:
             self.student,
             weights,
             TrainingShard(self.data.train, rows, self.teacher_logits(rows)),
-            recipe=make_recipe(self.config, round_number, self.pairs),
+            recipe=make_recipe(self.config, round_number, self.pairs, self.data.task.regression),
             compute=self.compute,
             seed=self.config.seed,
             who=(round_number, client),

@@ -27,7 +27,10 @@ def _kebab(name: str) -> str:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_kebab, validate_default=True)
+    # strict: every source of keys is typed, and `rounds=true` must not mean 1
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, alias_generator=_kebab, validate_default=True
+    )
 
 
 class DataKeys(_Section):

@@ -5,8 +5,10 @@ column and the row, never the text or the label: both may be private.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.errors import InputError
+from common.files import Columns, read_columns, read_parquet
 from common.hub import fetch_folder
 from common.seeding import generator
 from common.tasks import GLUE, TOY, Task, text_task
@@ -22,7 +25,6 @@ from common.toy import toy_corpus
 
 GLUE_HUB = "nyu-mll/glue"
 MAX_CLASSES = 256
-READERS = {".csv": "from_csv", ".jsonl": "from_json", ".json": "from_json", ".parquet": "from_parquet"}
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,6 @@ def load_corpus(config: Config) -> Corpus:
         corpus = _file(config)
     else:
         corpus = _glue(config)
-    if config.data.limit and config.data.limit < len(corpus.train):
-        chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
-        corpus = replace(corpus, train=corpus.train.take(np.sort(chosen)))
     unlabelled = ~labelled(corpus.train.labels)
     if config.distill.hard_weight > 0 and unlabelled.any():
         row = int(np.flatnonzero(unlabelled)[0]) + 1
@@ -92,6 +91,9 @@ def load_corpus(config: Config) -> Corpus:
             f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 to learn "
             "from the teacher alone"
         )
+    if config.data.limit and config.data.limit < len(corpus.train):
+        chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
+        corpus = replace(corpus, train=corpus.train.take(np.sort(chosen)))
     return corpus
 
 
@@ -101,7 +103,8 @@ def _toy(config: Config) -> Corpus:
         labels = np.asarray(columns["label"], dtype=np.int64)
         owners = None
         if config.data.partition == "natural":
-            owners = _owners(columns, config.data.partition_by, f"task = {config.task}")
+            given: Columns = {name: partial(list, values) for name, values in columns.items()}
+            owners = _owners(given, config.data.partition_by, f"task = {config.task}")
         tables[split] = Table((columns["sentence"],), labels, owners)
     return Corpus(TOY, tables["train"], {"validation": tables["validation"]})
 
@@ -126,7 +129,7 @@ def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> T
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise InputError(f"{folder}: no {split}-*.parquet; the layout of {GLUE_HUB} has it")
-    columns = _read_columns(files, "from_parquet")
+    columns = read_parquet(*files)
     where = f"{folder}/{split}"
     texts = _texts(columns, task.text_columns, where, strict=False)
     owners = None
@@ -136,17 +139,17 @@ def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> T
 
 
 def _glue_labels(values: Sequence[Any], task: Task, where: str) -> NDArray[Any]:
-    if task.regression:
-        scores = np.asarray(values, dtype=np.float64)
-        wrong = ~((scores >= 0.0) & (scores <= 5.0))
-        allowed = "0 to 5"
-    else:
-        scores = np.asarray(values, dtype=np.int64)
-        wrong = (scores < 0) | (scores >= task.num_labels)
-        allowed = f"0 to {task.num_labels - 1}"
+    highest = 5 if task.regression else task.num_labels - 1
+    try:
+        labels = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: the column {task.label_column} holds no numbers") from None
+    wrong = ~((labels >= 0) & (labels <= highest))
+    if not task.regression:
+        wrong |= labels != np.floor(labels)
     if wrong.any():
-        raise InputError(f"{where}: row {int(np.flatnonzero(wrong)[0]) + 1}: the label is outside {allowed}")
-    return scores
+        raise InputError(f"{where}: row {int(np.flatnonzero(wrong)[0]) + 1}: the label is outside 0 to {highest}")
+    return labels if task.regression else labels.astype(np.int64)
 
 
 def _file(config: Config) -> Corpus:
@@ -155,10 +158,11 @@ def _file(config: Config) -> Corpus:
     if not 1 <= len(names) <= 2:
         raise InputError(f"data.text-columns = {data.text_columns!r}: give one column, or two with a comma between")
     train = _read_file("data.source", data.source)
+    texts = _texts(train, names, data.source, strict=True)
     raw = [_label_text(value) for value in _column(train, data.label_column, data.source)]
     classes = _classes({value for value in raw if value}, data.label_column)
     owners = _owners(train, data.partition_by, data.source) if data.partition == "natural" else None
-    table = Table(_texts(train, names, data.source, strict=True), _file_labels(raw, classes, data.source), owners)
+    table = Table(texts, _file_labels(raw, classes, data.source), owners)
     validation = {}
     if data.validation:
         other = _read_file("data.validation", data.validation)
@@ -168,58 +172,30 @@ def _file(config: Config) -> Corpus:
     return Corpus(text_task(names, classes, data.label_column), table, validation)
 
 
-def _read_file(key: str, name: str) -> dict[str, Sequence[Any]]:
+def _read_file(key: str, name: str) -> Columns:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(f"{key} = {name!r}: no such file; give a CSV, JSONL or Parquet file")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{key} = {name!r}: unknown kind {path.suffix!r}; give one of {', '.join(READERS)}")
-    if path.stat().st_size == 0:
-        raise InputError(f"{name}: the file is empty")
-    if reader != "from_parquet":
-        _check_utf8(path)
-    return _read_columns([path], reader)
+    return read_columns(path)
 
 
-def _check_utf8(path: Path) -> None:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8; save it as UTF-8"
-                ) from None
-
-
-def _read_columns(files: list[Path], reader: str) -> dict[str, Sequence[Any]]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    # as text, or "NA" would be a missing value and "007" a number
-    options = {"dtype": str, "keep_default_na": False} if reader == "from_csv" else {}
-    try:
-        table = getattr(datasets.Dataset, reader)([str(path) for path in files], **options)
-    except Exception as error:  # the readers raise many kinds; their messages can quote the file's text
-        kind = type(error.__cause__ or error).__name__
-        raise InputError(f"{files[0]}: cannot be read as {reader.removeprefix('from_')} ({kind})") from None
-    return {name: table[name][:] for name in table.column_names}
-
-
-def _column(columns: Mapping[str, Sequence[Any]], name: str, where: str) -> Sequence[Any]:
+def _column(columns: Columns, name: str, where: str) -> list[Any]:
     if name not in columns:
-        raise InputError(f"{where}: no column {name!r}; it has {', '.join(columns)}")
-    return columns[name]
+        # without a header line, the names would be a private text and its label
+        names = [known for known in columns if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", known)]
+        more = f" ({len(columns) - len(names)} more: is the first line a header?)" if len(names) < len(columns) else ""
+        raise InputError(f"{where}: no column {name!r}; it has {', '.join(names) or 'none'}{more}")
+    return columns[name]()
 
 
-def _owners(columns: Mapping[str, Sequence[Any]], name: str, where: str) -> list[str]:
-    return [str(value) for value in _column(columns, name, f"data.partition-by: {where}")]
+def _owners(columns: Columns, name: str, where: str) -> list[str]:
+    owners = [_label_text(value) for value in _column(columns, name, f"data.partition-by: {where}")]
+    if "" in owners:
+        raise InputError(f"{where}: row {owners.index('') + 1} has no value in {name}, the column of its client")
+    return owners
 
 
-def _texts(
-    columns: dict[str, Sequence[Any]], names: tuple[str, ...], where: str, strict: bool
-) -> tuple[list[str], ...]:
+def _texts(columns: Columns, names: tuple[str, ...], where: str, strict: bool) -> tuple[list[str], ...]:
     """The text columns as stripped strings.
 
     GLUE's own QQP holds a few pairs with one empty question, so only ``strict`` refuses those; an example
@@ -235,9 +211,8 @@ def _texts(
 
 
 def _text(value: Any) -> str:
-    text = value.strip() if isinstance(value, str) else ""
     # a lone surrogate survives JSON but is no UTF-8: no tokenizer takes it
-    return text.encode("utf-8", "ignore").decode()
+    return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
 
 
 def _label_text(value: Any) -> str:
@@ -245,7 +220,7 @@ def _label_text(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a Parquet column of classes with gaps reads back as floats
-    return str(value).strip()
+    return _text(str(value))
 
 
 def _classes(found: set[str], column: str) -> tuple[str, ...]:
@@ -254,7 +229,7 @@ def _classes(found: set[str], column: str) -> tuple[str, ...]:
             f"data.label-column = {column!r}: {len(found)} different values; a class column has 2 to {MAX_CLASSES}"
         )
     if all(value.isdecimal() for value in found):
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda value: (int(value), value)))
     return tuple(sorted(found))
 
 

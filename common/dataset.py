@@ -143,7 +143,8 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     validation = dict(corpus.validation)
     if not validation and len(public):
         scored, kept = cut_groups(groups[public], 0.2, generator(config.seed, "validation"))
-        validation, public = {"validation": table.take(public[scored])}, public[kept]
+        if len(scored):
+            validation, public = {"validation": table.take(public[scored])}, public[kept]
     shards = cut_holdout(
         cut_clients(table, private, data, config.seed), groups, data.holdout_fraction, data.min_examples, config.seed
     )

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 Shapes = Mapping[str, tuple[int, ...]]
+MAX_EXAMPLES = 2**31 - 1  # of one client
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -161,7 +162,12 @@ def _decode(array: Array, where: str, shape: tuple[int, ...], dtype: np.dtype[An
     except Exception as error:  # a hostile header can raise anything
         raise WireError(f"{where}: no readable array header ({type(error).__name__})") from None
     if found != dtype or tuple(found_shape) != tuple(shape) or fortran:
-        raise WireError(f"{where}: {found} of shape {tuple(found_shape)[:4]}; expected {dtype} of shape {tuple(shape)}")
+        # numbers of a hostile header can be too long to print
+        claimed = found_shape[:4] if all(abs(size) < 2**63 for size in found_shape) else "beyond 64 bits"
+        order = "Fortran" if fortran else "C"
+        raise WireError(
+            f"{where}: {str(found)[:20]} of shape {claimed} in {order} order; expected {dtype} of shape {tuple(shape)}"
+        )
     if len(array.data) - stream.tell() != size:
         raise WireError(f"{where}: {len(array.data) - stream.tell()} bytes of data; expected {size}")
     return np.frombuffer(array.data, dtype=dtype, offset=stream.tell()).reshape(shape)
@@ -169,11 +175,11 @@ def _decode(array: Array, where: str, shape: tuple[int, ...], dtype: np.dtype[An
 
 def _client_lines(text: str, clients: frozenset[int]) -> list[ClientLine]:
     try:
-        raw = json.loads(text)
-        lines = [ClientLine(**entry) for entry in raw]
-    except (ValueError, TypeError) as error:
+        lines = [ClientLine(**entry) for entry in json.loads(text)]
+    except (ValueError, TypeError, RecursionError) as error:
         raise WireError(f"client lines: not readable ({type(error).__name__})") from None
-    if sorted(line.client for line in lines if isinstance(line.client, int)) != sorted(clients):
+    named = [line.client for line in lines if type(line.client) is int]
+    if len(named) != len(lines) or sorted(named) != sorted(clients):
         raise WireError("client lines: not one for each client that was asked")
     for line in lines:
         _check_line(line)
@@ -182,11 +188,19 @@ def _client_lines(text: str, clients: frozenset[int]) -> list[ClientLine]:
 
 def _check_line(line: ClientLine) -> None:
     where = f"client {line.client}"
-    if type(line.examples) is not int or line.examples < 0:
-        raise WireError(f"{where}: the count of examples is not a number from 0 up")
-    if not isinstance(line.problem, str) or len(line.problem) > 200:
+    if type(line.examples) is not int or not 0 <= line.examples <= MAX_EXAMPLES:
+        raise WireError(f"{where}: the count of examples is not a whole number from 0 to {MAX_EXAMPLES}")
+    # what is not printable could play with the terminal that shows it
+    if not isinstance(line.problem, str) or len(line.problem) > 200 or not line.problem.isprintable():
         raise WireError(f"{where}: problem is not a short text")
-    for name in ("seconds", "loss", "soft_loss", "hard_loss", "hidden_loss", "score"):
+    if not _is_number(line.seconds) or line.seconds < 0:
+        raise WireError(f"{where}: seconds is not a number from 0 up")
+    for name in ("loss", "soft_loss", "hard_loss", "hidden_loss", "score"):
         value = getattr(line, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not _is_number(value):
             raise WireError(f"{where}: {name} is not a number")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number that float arithmetic can take: JSON knows NaN, and integers of any size."""
+    return type(value) in (int, float) and -1e300 < value < 1e300

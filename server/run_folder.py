@@ -45,7 +45,8 @@ class RunFolder:
         folder = self.path / "checkpoints"
         data = safetensors.numpy.save(dict(weights), metadata={"round": str(round_number)})
         write_atomically(folder / f"round-{round_number:05d}.safetensors", data)
-        for old in sorted(folder.glob("round-*.safetensors"))[:-keep]:
+        # by number: round-100000 would stand before round-99999
+        for old in sorted(folder.glob("round-*.safetensors"), key=lambda path: int(path.stem[6:]))[:-keep]:
             old.unlink()
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:

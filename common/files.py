@@ -1,0 +1,106 @@
+"""A file of examples as columns of values: CSV, JSON lines or Parquet.
+
+Read here and not by `datasets`: that one guesses types ("007" becomes a number, a column of dates no text),
+keeps a copy of private text in a cache of its own and quotes it in its log. A message of this module names the
+file and the line, never what stands there.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+
+Columns = Mapping[str, Callable[[], list[Any]]]  # by name; called, a column gives its values
+CSV_FIELD_LIMIT = 2**24  # characters; the default of 128 Ki is less than a long document
+
+
+def read_columns(path: Path) -> Columns:
+    """Columns of a file, by the ending of its name.
+
+    CSV values are text as they stand; JSON and Parquet values keep their types, a missing one is None.
+
+    Raises:
+        InputError: the ending is unknown, the file is empty, not UTF-8 or not of its kind.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: unknown kind {path.suffix!r}; give one of {', '.join(READERS)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    return reader(path)
+
+
+def read_parquet(*paths: Path) -> Columns:
+    """Columns of Parquet files, one after the other."""
+    from pyarrow.parquet import read_table  # type: ignore[import-untyped]
+
+    try:
+        table = read_table([str(path) for path in paths], partitioning=None)
+    except Exception as error:  # pyarrow raises many kinds
+        raise InputError(f"{paths[0]}: cannot be read as parquet ({type(error).__name__})") from None
+    return {name: table[name].to_pylist for name in table.column_names}
+
+
+def _read_csv(path: Path) -> Columns:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    rows = csv.reader(_lines(path), strict=True)
+    try:
+        header = next((row for row in rows if row), [])
+        columns: list[list[str]] = [[] for _ in header]
+        if len(set(header)) < len(header):
+            raise InputError(f"{path}: two columns have the same name")
+        for row in (row for row in rows if row):
+            if len(row) != len(header):
+                raise InputError(
+                    f"{path}: line {rows.line_num}: {len(row)} fields, the header has {len(header)}; put a text "
+                    "that holds a comma in double quotes"
+                )
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+    except csv.Error as error:  # its messages name what is wrong and quote nothing
+        raise InputError(f"{path}: line {rows.line_num}: {error}") from None
+    return {name: partial(list, column) for name, column in zip(header, columns, strict=True)}
+
+
+def _read_json(path: Path) -> Columns:
+    """An object per line, or one array of objects."""
+    text = list(_lines(path))
+    whole = next((line.lstrip() for line in text if line.strip()), "").startswith("[")
+    entries: list[Any] = []
+    for number, line in enumerate(["".join(text)] if whole else text, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            place = error.lineno if whole and isinstance(error, json.JSONDecodeError) else number
+            raise InputError(f"{path}: line {place} is not JSON; give an object per line") from None
+        entries.extend(found if whole else [found])
+    for row, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: row {row} is no object with a value for each column")
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return {name: partial(list, [entry.get(name) for entry in entries]) for name in names}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}: line {number}, byte {error.start + 1} is not UTF-8; save it as UTF-8"
+                ) from None
+
+
+READERS: dict[str, Callable[[Path], Columns]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": read_parquet,
+}

@@ -1,0 +1,56 @@
+"""Running the command line as a user does: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.fspath).parent.name == "integration":
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture
+def fedistill(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Call ``fedistill`` with arguments, in the test's own folder."""
+
+    def call(*arguments: str, env: dict[str, str] | None = None, timeout: float = 240) -> Any:
+        command = [sys.executable, "-m", "simulations.cli", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return call
+
+
+@pytest.fixture
+def tiny(tiny_teacher: Path) -> list[str]:
+    """Keys of a federation of tiny random models that takes seconds."""
+    keys = {
+        "teacher.model": tiny_teacher,
+        "data.limit": 600,
+        "data.max-length": 32,
+        "student.layers": 2,
+        "rounds": 2,
+        "client.lr": 0.01,
+        "runtime.workers": 2,
+    }
+    return [part for key, value in keys.items() for part in ("-s", f"{key}={value}")]
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
