@@ -53,7 +53,9 @@ class Table:
     def keys(self) -> NDArray[np.uint8]:
         """(n, 16) content hash of each example: the same text has the same key wherever it stands."""
         rows = [
-            hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).digest() for row in zip(*self.texts, strict=True)
+            # with their lengths: ("a b", "c") is not ("a", "b c"), whatever stands between
+            hashlib.blake2b("".join(f"{len(text)}:{text}" for text in row).encode(), digest_size=16).digest()
+            for row in zip(*self.texts, strict=True)
         ]
         return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, 16)
 

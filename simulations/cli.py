@@ -71,10 +71,21 @@ def bench(
 
 
 @app.command()
-def keys() -> None:
+def keys(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as the table in README.md")] = False,
+) -> None:
     """List every key, its default and what it means."""
+    if markdown:
+        typer.echo(keys_table())
+        return
     for name, default, meaning in describe_keys():
         typer.echo(f"{name} = {default}\n    {meaning}")
+
+
+def keys_table() -> str:
+    """Every key as a Markdown table."""
+    rows = [f"| `{name}` | `{default}` | {meaning} |" for name, default, meaning in describe_keys()]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
 
 
 def describe_keys() -> list[tuple[str, str, str]]:

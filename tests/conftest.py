@@ -1,10 +1,24 @@
 """What several tests need: tiny random models and a tokenizer made on the spot, a cache folder per session."""
 
+import csv
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from common.config import Config, from_flat
+from common.dataset import FederatedDataset, load_tokenizer, prepare_dataset
+from common.device import Compute
+from common.progress import Silent
+from common.tokens import Tokens, tokenize
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when a library that asks the hub is imported
+
+FP32 = Compute(torch.device("cpu"), bf16=False)
+BF16 = Compute(torch.device("cpu"), bf16=True)
 
 _SOME = "the a this that film meal phone room was is not never good bad great awful cold warm light heavy very really"
 _OTHERS = "and but or it we they had have battery service story staff price noise quick slow kind rude fresh dull clean"
@@ -60,6 +74,40 @@ def make_teacher(folder: Path, family: str = "bert", labels: int = 2, layers: in
         model = hf.AutoModel.from_config(config)
     model.save_pretrained(folder)
     return folder
+
+
+def make_sentences(count: int, seed: int = 0, longest: int = 12) -> list[str]:
+    """Different sentences of WORDS, of 2 to `longest` words."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(rng.choice(WORDS, int(rng.integers(2, longest + 1))))] = None
+    return list(found)
+
+
+def make_reviews(path: Path, count: int = 120, seed: int = 0) -> Path:
+    """A CSV file of sentences with labels 0 and 1 that the words decide, and an owner a, b or c."""
+    texts = make_sentences(count, seed)
+    good = set(WORDS[::2])
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "label", "owner"])
+        for number, text in enumerate(texts):
+            label = int(2 * sum(word in good for word in text.split()) > len(text.split()))
+            writer.writerow([text, label, "abc"[number % 3]])
+    return path
+
+
+def make_tokens(teacher: Path, *texts: list[str], max_length: int = 64) -> Tokens:
+    return tokenize(texts, load_tokenizer(teacher), max_length, lambda amount: None)
+
+
+def make_dataset(source: Path, teacher: Path, cache: Path, **keys: Any) -> tuple[Config, FederatedDataset]:
+    """A user's file, cut and tokenised; keys as `data__clients=3`."""
+    flat = {"task": "text", "data.source": str(source), "data.clients": 3, "data.max-length": 64, "data.alpha": 10.0}
+    flat |= {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    config = from_flat({"teacher.model": str(teacher), **flat})
+    return config, prepare_dataset(config, teacher, cache, Silent())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,63 @@
+"""Ctrl-C in real processes: the run ends in seconds, says so, and leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.conftest import ROOT, read_summary
+
+
+def _start(tmp_path: Path, settings: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "simulations.cli", "simulate", *settings, "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_during_a_round_ends_within_seconds_and_leaves_no_process(tiny, tmp_path, number):
+    long = ["-s", "rounds=1000", "-s", "client.epochs=500", "-s", "server.cohort=4"]
+    process = _start(tmp_path, [*tiny, *long])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while not (metrics.exists() and '"teach"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    time.sleep(1.0)  # now clients are training
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(number)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert process.returncode == 130
+    assert err.strip() == "fedistill: interrupted"
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+
+
+def test_a_stop_while_preparing_says_so_too(tmp_path):
+    from tests.conftest import make_teacher
+
+    make_teacher(tmp_path / "encoder", labels=0)
+    settings = ["-s", "teacher.model=encoder", "-s", "teacher.epochs=100", "-s", "student.layers=2"]
+    process = _start(tmp_path, settings)
+    end = time.monotonic() + 60
+    while not list(Path(os.environ["FEDISTILL_CACHE"]).glob("teachers/.*")):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert read_summary(tmp_path / "run")["status"] == "interrupted"
+    assert not list(Path(os.environ["FEDISTILL_CACHE"]).glob("teachers/.*")), "half a teacher is left"

@@ -1,0 +1,26 @@
+"""What the README and the presets say is what the program does."""
+
+from pathlib import Path
+
+import pytest
+
+from common.config import load_config
+from simulations.cli import describe_keys, keys_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_readme_lists_every_key_with_its_default():
+    text = (ROOT / "README.md").read_text()
+    begin = text.index("-->", text.index("<!-- keys: begin")) + 3
+    table = text[begin : text.index("<!-- keys: end")].strip()
+    assert table == keys_table().strip(), "run: fedistill keys --markdown"
+
+
+def test_every_key_says_what_it_means():
+    assert all(meaning for _, _, meaning in describe_keys())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations" / "presets").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path):
+    assert load_config(path).task == path.stem
