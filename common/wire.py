@@ -125,7 +125,7 @@ def message_bytes(message: Message) -> int:
 
 
 def _record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def _config_text(content: RecordDict, name: str) -> str:
@@ -166,7 +166,7 @@ def _decode(array: Array, where: str, shape: tuple[int, ...], dtype: np.dtype[An
         claimed = found_shape[:4] if all(abs(size) < 2**63 for size in found_shape) else "beyond 64 bits"
         order = "Fortran" if fortran else "C"
         raise WireError(
-            f"{where}: {str(found)[:20]} of shape {claimed} in {order} order; expected {dtype} of shape {tuple(shape)}"
+            f"{where}: {found.str} of shape {claimed} in {order} order; expected {dtype.str} of shape {tuple(shape)}"
         )
     if len(array.data) - stream.tell() != size:
         raise WireError(f"{where}: {len(array.data) - stream.tell()} bytes of data; expected {size}")

@@ -207,6 +207,6 @@ class Exchange:
 
 
 def _reason(reply: Message) -> str:
-    """A node's error, cut short: our own clients put no private text there, others might."""
-    reason = (reply.error.reason or "").strip()
-    return reason.rsplit(":<'", 1)[-1].removesuffix("'>").split("\n", 1)[0][:120] if reason else "no reason given"
+    """A node's error in a few words: Flower wraps what the ClientApp raised in two texts of its own."""
+    words = " ".join((reply.error.reason or "").split())
+    return words.rsplit(":<'", 1)[-1].rsplit("Message: ", 1)[-1].removesuffix("'>").strip()[:120] or "no reason given"

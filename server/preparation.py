@@ -23,7 +23,7 @@ from common.models import (
 )
 from common.progress import Progress
 from common.store import cache_folder
-from server.teacher import Teacher, check_head, find_teacher, prepare_teacher
+from server.teacher import Teacher, check_head, check_length, find_teacher, prepare_teacher
 from server.validation import validate
 
 
@@ -56,6 +56,7 @@ def prepare(config: Config, progress: Progress) -> Federation:
     """
     compute = choose_compute(config.runtime.device, config.client.precision)
     source = find_teacher(config.teacher.model)
+    check_length(source, config.data.max_length)
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     pair_hidden_layers(config.distill.hidden_layers, len(layers), source.layers)
     cache = cache_folder(config.runtime.cache)

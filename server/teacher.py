@@ -40,11 +40,13 @@ class TeacherSource:
     Attributes:
         head: labels of its classification head, 0 for a bare encoder.
         layers: its transformer layers.
+        positions: the most word pieces it can take.
     """
 
     folder: Path
     head: int
     layers: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,16 @@ def find_teacher(model: str) -> TeacherSource:
     except Exception as error:
         raise InputError(f"{where}: config.json does not load ({type(error).__name__})") from None
     check_family(config, where)
-    return TeacherSource(folder, config.num_labels if _has_head(files, where) else 0, config.num_hidden_layers)
+    head = config.num_labels if _has_head(files, where) else 0
+    # RoBERTa counts positions from behind its padding piece
+    unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return TeacherSource(folder, head, config.num_hidden_layers, config.max_position_embeddings - unused)
+
+
+def check_length(source: TeacherSource, max_length: int) -> None:
+    """Raise `InputError` when examples could be longer than the teacher can take."""
+    if max_length > source.positions:
+        raise InputError(f"data.max-length = {max_length}: the teacher takes {source.positions} word pieces at most")
 
 
 def check_head(source: TeacherSource, task: Task, public: int) -> None:
@@ -110,6 +121,8 @@ def prepare_teacher(
         model = load_teacher(source.folder)
         return Teacher(source.folder, hash_tensors(model.state_dict()), 0)
     public = _labelled(data, data.public)
+    if not len(public):
+        raise InputError("data.public-fraction: no public example has a label to fine-tune the bare encoder on")
     compute = choose_compute(config.runtime.device, config.client.precision)
     key = hash_json(
         {

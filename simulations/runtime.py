@@ -1,6 +1,9 @@
 """Starting Flower's simulation runtime on Ray: the one place that knows how, and how to end it."""
 
+import logging
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,15 +51,29 @@ def run_on_ray(serve: Callable[[Any], None], config: Config, client_app: Any = N
         serve(grid)
 
     workers, threads = worker_count(config), config.runtime.threads
+    _start_ray(workers * threads)
     run_simulation(
         server_app=server_app,
         client_app=client_app or our_client_app,
         num_supernodes=workers,
-        backend_config={
-            "client_resources": {"num_cpus": threads, "num_gpus": 0.0},
-            "init_args": {"num_cpus": workers * threads, "log_to_driver": False, "logging_level": 40},
-        },
+        backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
     )
+
+
+def _start_ray(cores: int) -> None:
+    """Start Ray before Flower would, because Ray takes over SIGTERM: a handler set before it must come back."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(
+        num_cpus=cores,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def kill_workers() -> None:

@@ -145,8 +145,8 @@ def test_a_bare_encoder_is_fine_tuned_and_a_csv_with_four_classes_is_learnt(fedi
     keys = {
         "task": "text", "data.source": "topics.csv", "data.label-column": "topic", "teacher.model": "encoder",
         "teacher.lr": 0.01, "teacher.epochs": 10, "teacher.token-budget": 256, "data.clients": 4, "data.alpha": 0.5,
-        "student.layers": 2, "rounds": 3, "client.lr": 0.01, "client.epochs": 3, "client.token-budget": 128, "data.max-length": 48,
-        "data.public-fraction": 0.4,
+        "student.layers": 2, "rounds": 3, "client.lr": 0.01, "client.epochs": 3, "client.token-budget": 128,
+        "data.max-length": 48, "data.public-fraction": 0.4,
     }  # fmt: skip
     settings = [part for key, value in keys.items() for part in ("-s", f"{key}={value}")]
     done = fedistill("simulate", *settings, "--out", "run")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -13,18 +14,31 @@ import pytest
 from tests.integration.conftest import ROOT, read_summary
 
 
-def _start(tmp_path: Path, settings: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "simulations.cli", "simulate", *settings, "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start ``fedistill simulate``; whatever is left of it after the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def call(settings: list[str]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "simulations.cli", "simulate", *settings, "--out", "run"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes))
+        return started[-1]
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_during_a_round_ends_within_seconds_and_leaves_no_process(tiny, tmp_path, number):
+def test_a_stop_during_a_round_ends_within_seconds_and_leaves_no_process(start, tiny, tmp_path, number):
     long = ["-s", "rounds=1000", "-s", "client.epochs=500", "-s", "server.cohort=4"]
-    process = _start(tmp_path, [*tiny, *long])
+    process = start([*tiny, *long])
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 120
     while not (metrics.exists() and '"teach"' in metrics.read_text()):
@@ -36,7 +50,7 @@ def test_a_stop_during_a_round_ends_within_seconds_and_leaves_no_process(tiny, t
     assert children
     process.send_signal(number)
     began = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 15
     assert process.returncode == 130
     assert err.strip() == "fedistill: interrupted"
@@ -45,12 +59,12 @@ def test_a_stop_during_a_round_ends_within_seconds_and_leaves_no_process(tiny, t
     assert not alive
 
 
-def test_a_stop_while_preparing_says_so_too(tmp_path):
+def test_a_stop_while_preparing_says_so_too(start, tmp_path):
     from tests.conftest import make_teacher
 
     make_teacher(tmp_path / "encoder", labels=0)
     settings = ["-s", "teacher.model=encoder", "-s", "teacher.epochs=100", "-s", "student.layers=2"]
-    process = _start(tmp_path, settings)
+    process = start(settings)
     end = time.monotonic() + 60
     while not list(Path(os.environ["FEDISTILL_CACHE"]).glob("teachers/.*")):
         assert time.monotonic() < end

@@ -1,0 +1,105 @@
+"""FedAvg from a running integer sum: the weighted average, the same for any order, and nothing wrong let in."""
+
+import copy
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from common.fixed_point import add_into, encode
+from common.wire import ClientLine
+from server.aggregation import Rejected, RunningSum, fedavg
+
+SHAPES = {"a": (2, 3), "b": (4,)}
+
+
+def line(client, examples, problem=""):
+    return ClientLine(client, examples, 0.1, problem=problem)
+
+
+def updates(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [{name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(count)]
+
+
+def part(update, weight):
+    return {name: encode(array, weight) for name, array in update.items()}
+
+
+def test_hand_case():
+    total = RunningSum.zeros({"w": (2,)})
+    total.fold(part({"w": np.array([1.0, 0.0])}, 30), [line(0, 30)], {0: 30})
+    total.fold(part({"w": np.array([-1.0, 0.5])}, 10), [line(1, 10)], {1: 10})
+    start = {"w": np.array([10.0, 20.0], dtype=np.float32)}
+    assert fedavg(start, total, 1.0)["w"].tolist() == [10.5, 20.125]
+    assert fedavg(start, total, 0.5)["w"].tolist() == [10.25, 20.0625]
+
+
+def test_fedavg_is_the_weighted_average_of_the_clients_models():
+    changes, weights = updates(7), [3, 11, 200, 1, 57, 8, 1000]
+    start = updates(1, seed=1)[0]
+    total = RunningSum.zeros(SHAPES)
+    for client, (update, weight) in enumerate(zip(changes, weights, strict=True)):
+        total.fold(part(update, weight), [line(client, weight)], {client: weight})
+    found = fedavg(start, total, 1.0)
+    for name in SHAPES:
+        models = [start[name].astype(np.float64) + update[name] for update in changes]
+        np.testing.assert_allclose(found[name], np.average(models, axis=0, weights=weights), atol=1e-6)
+        assert found[name].dtype == np.float32
+    assert total.weight == sum(weights)
+
+
+def test_replies_in_any_order_and_packing_give_the_same_bits():
+    changes, sizes = updates(4), {0: 5, 1: 17, 2: 3, 3: 101}
+    parts = [part(update, sizes[client]) for client, update in enumerate(changes)]
+    lines = [line(client, size) for client, size in sizes.items()]
+    found = set()
+    for order in permutations(range(4)):
+        total = RunningSum.zeros(SHAPES)
+        for client in order:
+            total.fold(parts[client], [lines[client]], sizes)
+        found.add(fedavg(changes[0], total, 1.0)["a"].tobytes())
+    packed = {name: parts[2][name].copy() for name in SHAPES}
+    for name in SHAPES:
+        add_into(packed[name], parts[0][name])
+        add_into(packed[name], parts[3][name])
+    total = RunningSum.zeros(SHAPES)
+    total.fold(parts[1], [lines[1]], sizes)
+    total.fold(packed, [lines[2], lines[0], lines[3]], sizes)
+    found.add(fedavg(changes[0], total, 1.0)["a"].tobytes())
+    assert len(found) == 1
+    assert total.weight == 126
+    assert sorted(each.client for each in total.lines) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("examples", [0, -4, 3, 5, 2**40])
+def test_a_count_that_is_not_the_known_one_is_refused_and_changes_nothing(examples):
+    total = RunningSum.zeros(SHAPES)
+    total.fold(part(updates(1)[0], 9), [line(7, 9)], {7: 9})
+    before = copy.deepcopy(total)
+    lines = [line(0, 6), line(1, examples), line(2, 0, "ValueError")]
+    with pytest.raises(Rejected, match=f"client 1 counts {examples} examples; it has 4"):
+        total.fold(part(updates(1)[0], 10), lines, {0: 6, 1: 4, 2: 5})
+    assert all((total.totals[name] == before.totals[name]).all() for name in SHAPES)
+    assert (total.weight, total.lines, total.problems) == (before.weight, before.lines, before.problems)
+
+
+def test_a_client_with_no_examples_to_train_on_has_no_say():
+    with pytest.raises(Rejected):
+        RunningSum.zeros(SHAPES).fold(part(updates(1)[0], 1), [line(0, 0)], {0: 0})
+
+
+def test_clients_with_a_problem_are_noted_and_weigh_nothing():
+    total = RunningSum.zeros(SHAPES)
+    total.fold(part(updates(1)[0], 6), [line(0, 6), line(1, 0, "update is not finite")], {0: 6, 1: 4})
+    assert (total.weight, [each.client for each in total.lines]) == (6, [0])
+    assert total.problems == {1: "update is not finite"}
+
+
+def test_a_reply_in_which_everybody_has_a_problem_adds_nothing():
+    total = RunningSum.zeros(SHAPES)
+    total.fold(part(updates(1)[0], 6), [line(1, 0, "OSError")], {1: 4})
+    assert not total.totals["a"].any()
+    assert total.weight == 0
+    with pytest.raises(ValueError, match="total weight is 0"):
+        fedavg(updates(1)[0], total, 1.0)
