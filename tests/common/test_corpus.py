@@ -12,7 +12,7 @@ from common.config import from_flat
 from common.corpus import Table, labelled, load_corpus
 from common.errors import InputError
 
-SECRET = "Xaverl Zwockt Krebs"
+PRIVATE = "Xaverl Zwockt Krebs"
 ROWS = [("NA", "no"), ("null", "yes"), ("007", "no"), ("a, b\nc", "maybe"), ('say "x"', "yes"), ("  padded  ", "no")]
 
 
@@ -37,7 +37,7 @@ def refusal(call, *arguments, **keys):
     with pytest.raises(InputError) as caught:
         call(*arguments, **keys)
     message = str(caught.value)
-    assert not any(word in message for word in SECRET.split())
+    assert not any(word in message for word in PRIVATE.split())
     return message
 
 
@@ -95,11 +95,11 @@ def test_a_limit_draws_rows_by_the_seed_and_keeps_their_order(tmp_path):
 @pytest.mark.parametrize(
     "names, rows, expected",
     [
-        (["body", "label"], [(SECRET, 0)], "no column 'text'; it has body, label"),
-        (["text", "klass"], [(SECRET, 0)], "no column 'label'; it has text, klass"),
-        (["text", "label"], [("fine", 0), ("  ", 1), (SECRET, 0)], "row 2 has no text in text"),
-        (["text", "label"], [(SECRET, SECRET), ("x", SECRET)], "data.label-column = 'label': 1 different values"),
-        (["text", "label"], [(f"{SECRET} {i}", f"{SECRET} {i}") for i in range(300)], "300 different values"),
+        (["body", "label"], [(PRIVATE, 0)], "no column 'text'; it has body, label"),
+        (["text", "klass"], [(PRIVATE, 0)], "no column 'label'; it has text, klass"),
+        (["text", "label"], [("fine", 0), ("  ", 1), (PRIVATE, 0)], "row 2 has no text in text"),
+        (["text", "label"], [(PRIVATE, PRIVATE), ("x", PRIVATE)], "data.label-column = 'label': 1 different values"),
+        (["text", "label"], [(f"{PRIVATE} {i}", f"{PRIVATE} {i}") for i in range(300)], "300 different values"),
         (["text", "label"], [], "no rows"),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_is_wrong_in_a_file_is_named_and_never_quoted(tmp_path, names, rows
 
 def test_a_file_without_header_does_not_leak_its_first_row(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(f'"{SECRET}",1\n"x",0\n')
+    path.write_text(f'"{PRIVATE}",1\n"x",0\n')
     assert "is the first line a header?" in refusal(text, path)
 
 
@@ -124,21 +124,21 @@ def test_a_missing_file_or_a_folder_is_refused_by_key(tmp_path):
 
 
 def test_a_row_without_an_owner_belongs_to_nobody_and_is_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", ["text", "label", "who"], [("a", 0, "x"), (SECRET, 1, None)])
+    path = write(tmp_path / "a.jsonl", ["text", "label", "who"], [("a", 0, "x"), (PRIVATE, 1, None)])
     message = refusal(text, path, data__partition="natural", data__partition_by="who")
     assert f"{path}: row 2 has no value in who" in message
     assert "no column 'city'" in refusal(text, path, data__partition="natural", data__partition_by="city")
 
 
 def test_a_pair_needs_both_texts(tmp_path):
-    path = write(tmp_path / "a.csv", ["q", "p", "label"], [("a", "b", 0), (SECRET, "", 1)])
+    path = write(tmp_path / "a.csv", ["q", "p", "label"], [("a", "b", 0), (PRIVATE, "", 1)])
     assert "row 2 has no text in q or p" in refusal(text, path, data__text_columns="q,p")
     assert "data.text-columns" in refusal(text, path, data__text_columns="q,p,label")
 
 
 def test_validation_may_only_hold_classes_of_train(tmp_path):
     train = write(tmp_path / "a.csv", ["text", "label"], [("a", "no"), ("b", "yes")])
-    other = write(tmp_path / "b.csv", ["text", "label"], [("c", "yes"), ("d", SECRET)])
+    other = write(tmp_path / "b.csv", ["text", "label"], [("c", "yes"), ("d", PRIVATE)])
     message = refusal(text, train, data__validation=str(other))
     assert message == f"{other}: row 2: the label is none of the 2 classes of data.source"
     other = write(tmp_path / "c.csv", ["text", "label"], [("c", "yes"), ("d", "")])
@@ -149,8 +149,8 @@ def test_validation_may_only_hold_classes_of_train(tmp_path):
 
 
 def glue(folder, task="sst2", *, skip=(), **changed):
-    columns = {"sst2": {"sentence": ["a", SECRET], "label": [0, 1]}}
-    columns["stsb"] = {"sentence1": ["a", "b"], "sentence2": ["c", SECRET], "label": [0.0, 5.0]}
+    columns = {"sst2": {"sentence": ["a", PRIVATE], "label": [0, 1]}}
+    columns["stsb"] = {"sentence1": ["a", "b"], "sentence2": ["c", PRIVATE], "label": [0.0, 5.0]}
     (folder / task).mkdir(parents=True, exist_ok=True)
     for split in {"train", "validation"} - set(skip):
         content = columns[task] | (changed if split == "train" else {})
@@ -160,7 +160,7 @@ def glue(folder, task="sst2", *, skip=(), **changed):
 
 def test_a_glue_folder_gives_train_and_validation(tmp_path):
     corpus = glue(tmp_path)
-    assert corpus.train.texts == (["a", SECRET],)
+    assert corpus.train.texts == (["a", PRIVATE],)
     assert corpus.validation["validation"].labels.tolist() == [0, 1]
     assert glue(tmp_path, "stsb").train.labels.tolist() == [0.0, 5.0]
     assert glue(tmp_path, "stsb").train.labels.dtype == np.float64
@@ -173,11 +173,11 @@ def test_a_glue_folder_gives_train_and_validation(tmp_path):
         ("sst2", {"label": [-1, 1]}, "row 1: the label is outside 0 to 1"),
         ("sst2", {"label": [1, None]}, "row 2: the label is outside 0 to 1"),
         ("sst2", {"label": [1.0, 0.5]}, "row 2: the label is outside 0 to 1"),
-        ("sst2", {"label": ["0", SECRET]}, "the column label holds no numbers"),
+        ("sst2", {"label": ["0", PRIVATE]}, "the column label holds no numbers"),
         ("stsb", {"label": [5.0, 5.1]}, "row 2: the label is outside 0 to 5"),
         ("stsb", {"label": [float("nan"), 1.0]}, "row 1: the label is outside 0 to 5"),
         ("sst2", {"sentence": ["a", " "]}, "row 2 has no text in sentence"),
-        ("sst2", {"sentence": [SECRET, None]}, "row 2 has no text in sentence"),
+        ("sst2", {"sentence": [PRIVATE, None]}, "row 2 has no text in sentence"),
     ],
 )
 def test_what_is_wrong_in_a_glue_file_is_named_and_never_quoted(tmp_path, task, changed, expected):
@@ -198,10 +198,10 @@ def test_what_is_missing_in_a_glue_folder_is_named(tmp_path):
 
 def test_an_example_has_the_same_key_wherever_it_stands():
     table = Table((["a", "b", "a", "a"], ["x", "x", "x", "y"]), np.zeros(4, dtype=np.int64))
-    keys = [row.tobytes() for row in table.keys()]
+    keys = [row.tobytes() for row in Table.keys(table)]
     assert keys[0] == keys[2]
     assert len(set(keys)) == 3
-    assert [row.tobytes() for row in table.take(np.array([3, 0])).keys()] == [keys[3], keys[0]]
+    assert [row.tobytes() for row in Table.keys(table.take(np.array([3, 0])))] == [keys[3], keys[0]]
 
 
 def test_where_one_text_ends_and_the_next_begins_is_part_of_the_key():

@@ -96,7 +96,7 @@ def test_clients_that_are_too_small_are_left_out_and_the_rest_stays(tiny_teacher
     _, data = make_dataset(path, tiny_teacher, cache, **keys)
     assert (data.clients, data.eligible.tolist(), data.train_sizes.tolist()) == (2, [0], [44, 0])
     assert len(data.shard(1)) == 0
-    with pytest.raises(InputError, match="data.min-examples = 56: no client has that many of the 60 private"):
+    with pytest.raises(InputError, match=r"data.min-examples = 56: no client has that many of the 60 private"):
         make_dataset(path, tiny_teacher, cache, data__min_examples=56, **keys)
 
 

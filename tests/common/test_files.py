@@ -9,7 +9,7 @@ import pytest
 from common.errors import InputError
 from common.files import read_columns, read_parquet
 
-SECRET = "Xaverl Zwockt Krebs"
+PRIVATE = "Xaverl Zwockt Krebs"
 
 
 def values(path):
@@ -22,7 +22,7 @@ def refusal(path, content):
         read_columns(path)
     message = str(caught.value)
     assert str(path) in message
-    assert not any(word in message for word in SECRET.split())
+    assert not any(word in message for word in PRIVATE.split())
     return message.removeprefix(str(path))
 
 
@@ -69,17 +69,17 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path, name):
-    content = f'text\n"{SECRET}"\n'.encode() + "größer".encode("latin-1")
+    content = f'text\n"{PRIVATE}"\n'.encode() + "größer".encode("latin-1")
     assert refusal(tmp_path / name, content) == ": line 3, byte 3 is not UTF-8; save it as UTF-8"
 
 
 @pytest.mark.parametrize(
     "content, line",
     [
-        (f"text,label\nfine,0\n{SECRET}, and more,1\n", 3),
-        (f"text,label\n{SECRET}\n", 2),
-        (f'text,label\nfine,0\n"{SECRET},1\nnever closed,0\n', 4),
-        (f'text,label\n"{SECRET}" x,1\n', 2),
+        (f"text,label\nfine,0\n{PRIVATE}, and more,1\n", 3),
+        (f"text,label\n{PRIVATE}\n", 2),
+        (f'text,label\nfine,0\n"{PRIVATE},1\nnever closed,0\n', 4),
+        (f'text,label\n"{PRIVATE}" x,1\n', 2),
     ],
 )
 def test_a_broken_csv_line_is_named(tmp_path, content, line):
@@ -87,7 +87,7 @@ def test_a_broken_csv_line_is_named(tmp_path, content, line):
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
-    assert "same name" in refusal(tmp_path / "a.csv", f"text,text\n{SECRET},x\n")
+    assert "same name" in refusal(tmp_path / "a.csv", f"text,text\n{PRIVATE},x\n")
 
 
 @pytest.mark.parametrize("broken", ['{"text": Xaverl Zwockt Krebs}', "[" * 100_000, '{"text": "Krebs'])
@@ -96,10 +96,10 @@ def test_a_line_that_is_no_json_is_named(tmp_path, broken):
 
 
 def test_an_entry_without_columns_is_named(tmp_path):
-    assert refusal(tmp_path / "a.jsonl", f'{{"text": "x"}}\n"{SECRET}"').startswith(": row 2 ")
-    assert refusal(tmp_path / "a.json", f'[{{"text": "x"}}, ["{SECRET}"]]').startswith(": row 2 ")
+    assert refusal(tmp_path / "a.jsonl", f'{{"text": "x"}}\n"{PRIVATE}"').startswith(": row 2 ")
+    assert refusal(tmp_path / "a.json", f'[{{"text": "x"}}, ["{PRIVATE}"]]').startswith(": row 2 ")
 
 
 def test_bytes_that_are_no_parquet_are_refused(tmp_path, capfd):
-    assert refusal(tmp_path / "a.parquet", b"PAR1" + SECRET.encode()).startswith(": cannot be read as parquet")
+    assert refusal(tmp_path / "a.parquet", b"PAR1" + PRIVATE.encode()).startswith(": cannot be read as parquet")
     assert "Krebs" not in "".join(capfd.readouterr())

@@ -173,5 +173,5 @@ def test_hidden_layers_are_paired(pairs, student, teacher, expected):
 
 @pytest.mark.parametrize("pairs", ["first", "0", "0:1:2", "0:1,", "3:0", "0:6", "-1:0"])
 def test_pairs_of_layers_that_are_not_there_are_refused(pairs):
-    with pytest.raises(InputError, match="distill.hidden-layers = "):
+    with pytest.raises(InputError, match=r"distill.hidden-layers = "):
         pair_hidden_layers(pairs, 3, 6)
