@@ -38,7 +38,8 @@ class DataKeys(_Section):
     validation: str = Field("", description="for `text`: a file scored at the server; empty: part of the public split")
     clients: int = Field(0, ge=0, description="number of clients; 0: 10, or one per value for `natural`")
     partition: Literal["auto", "iid", "dirichlet", "shards", "natural"] = Field(
-        "auto", description="how private text is cut into clients; auto: natural for `toy`, else dirichlet"
+        "auto",
+        description="how private text is cut; auto: dirichlet, but natural for `toy` when `data.clients` is 0",
     )
     partition_by: str = Field("", description="column whose values are the clients of `natural`")
     alpha: float = Field(1.0, gt=0.0, le=1e6, description="Dirichlet concentration; small: skewed labels and sizes")
@@ -136,7 +137,7 @@ class Config(_Section):
         data = dict(values.get("data", {}))
         toy = values.get("task", "toy") == "toy"
         if data.get("partition", "auto") == "auto":
-            data["partition"] = "natural" if toy else "dirichlet"
+            data["partition"] = "natural" if toy and not data.get("clients") else "dirichlet"
         if data["partition"] == "natural" and toy and not data.get("partition-by"):
             data["partition-by"] = "domain"
         if data["partition"] != "natural" and not data.get("clients"):

@@ -33,19 +33,26 @@ def check_family(config: Any, where: str) -> None:
         )
 
 
-def load_teacher(folder: Path, **overrides: Any) -> Any:
+def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
     """A sequence classifier from a folder of safetensors, frozen and in evaluation mode.
 
-    ``overrides`` go into its configuration, e.g. ``num_labels`` for a bare encoder (its head is then drawn
-    from torch's global generator).
+    ``overrides`` go into its configuration, e.g. ``num_labels`` for a bare encoder, whose head is then drawn
+    from torch's global generator.
+
+    Raises:
+        InputError: ``complete`` is asked for and the folder lacks some of the weights.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **overrides
+    safely = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **safely, **overrides
     )
+    missing = sorted(found["missing_keys"])
+    if complete and missing:
+        raise InputError(f"teacher.model: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
     return model.requires_grad_(False).eval()
 
 

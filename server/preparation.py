@@ -23,7 +23,7 @@ from common.models import (
 )
 from common.progress import Progress
 from common.store import cache_folder
-from server.teacher import Teacher, check_head, check_length, find_teacher, prepare_teacher
+from server.teacher import Teacher, TeacherSource, check_head, check_length, find_teacher, prepare_teacher
 from server.validation import validate
 
 
@@ -48,41 +48,63 @@ class Federation:
     compute: Compute
 
 
-def prepare(config: Config, progress: Progress) -> Federation:
-    """Read and cut the data, find or fine-tune the teacher, cut the student.
+@dataclass(frozen=True)
+class Lesson:
+    """The data of a run and a teacher that fits it, with the model and its scores on public validation."""
+
+    data: FederatedDataset
+    teacher: Teacher
+    model: Any
+    validation: dict[str, float]
+    compute: Compute
+
+
+def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) -> Lesson:
+    """Read and cut the data, take or fine-tune the teacher, score it.
 
     Raises:
         InputError: a key, a file or the combination of both is wrong.
     """
     compute = choose_compute(config.runtime.device, config.client.precision)
-    source = find_teacher(config.teacher.model)
     check_length(source, config.data.max_length)
-    layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
-    pair_hidden_layers(config.distill.hidden_layers, len(layers), source.layers)
     cache = cache_folder(config.runtime.cache)
     data = prepare_dataset(config, source.folder, cache, progress)
-    _check_clients(config, data)
+    check_clients(config, data)
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
-    model = load_teacher(teacher.folder)
-    teacher_validation = validate(model.to(compute.device), data, compute)
-    student = cut_student(model.to("cpu"), layers, config.student.dropout)
+    model = load_teacher(teacher.folder).to(compute.device)
+    return Lesson(data, teacher, model, validate(model, data, compute), compute)
+
+
+def prepare(config: Config, progress: Progress) -> Federation:
+    """Everything up to round 1: the lesson, and the student cut from its teacher.
+
+    Raises:
+        InputError: a key, a file or the combination of both is wrong.
+    """
+    source = find_teacher(config.teacher.model)
+    layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
+    pair_hidden_layers(config.distill.hidden_layers, len(layers), source.layers)
+    lesson = prepare_lesson(config, source, progress)
+    model = lesson.model.to("cpu")
+    student = cut_student(model, layers, config.student.dropout)
     trained = freeze_embeddings(student, config.student.train_embeddings)
     weights = {name: parameter.detach().numpy().copy() for name, parameter in trained.items()}
     return Federation(
         config=config,
-        data=data,
-        teacher=teacher,
+        data=lesson.data,
+        teacher=lesson.teacher,
         teacher_parameters=count_parameters(model),
-        teacher_validation=teacher_validation,
-        student=student.to(compute.device),
+        teacher_validation=lesson.validation,
+        student=student.to(lesson.compute.device),
         layers=layers,
         weights=weights,
-        compute=compute,
+        compute=lesson.compute,
     )
 
 
-def _check_clients(config: Config, data: FederatedDataset) -> None:
+def check_clients(config: Config, data: FederatedDataset) -> None:
+    """Raise `InputError` when the cohort is larger than the clients that take part."""
     ready = len(data.eligible)
     if config.server.cohort > ready:
         raise InputError(

@@ -39,12 +39,14 @@ class TeacherSource:
 
     Attributes:
         head: labels of its classification head, 0 for a bare encoder.
+        labels: the names of these labels, in lower case.
         layers: its transformer layers.
         positions: the most word pieces it can take.
     """
 
     folder: Path
     head: int
+    labels: tuple[str, ...]
     layers: int
     positions: int
 
@@ -90,7 +92,8 @@ def find_teacher(model: str) -> TeacherSource:
     head = config.num_labels if _has_head(files, where) else 0
     # RoBERTa counts positions from behind its padding piece
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-    return TeacherSource(folder, head, config.num_hidden_layers, config.max_position_embeddings - unused)
+    labels = tuple(str(config.id2label[number]).lower() for number in range(head))
+    return TeacherSource(folder, head, labels, config.num_hidden_layers, config.max_position_embeddings - unused)
 
 
 def check_length(source: TeacherSource, max_length: int) -> None:
@@ -105,6 +108,11 @@ def check_head(source: TeacherSource, task: Task, public: int) -> None:
         raise InputError(
             f"teacher.model: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
             "model fine-tuned for the task, or a bare encoder"
+        )
+    if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
+        raise InputError(
+            f"teacher.model: its labels are in the order {', '.join(source.labels)}; task = {task.name} has "
+            f"{', '.join(task.labels)}; reorder the rows of its head and id2label"
         )
     if not source.head and not public:
         raise InputError(
@@ -153,7 +161,7 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     keys, task = config.teacher, data.task
     compute = choose_compute(config.runtime.device, config.client.precision)
     torch.manual_seed(seed_for(config.seed, "teacher"))
-    model = load_teacher(folder, **_head_of(task)).to(compute.device).requires_grad_(True).train()
+    model = load_teacher(folder, complete=False, **_head_of(task)).to(compute.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=keys.lr, weight_decay=0.01, fused=True)
     lengths = data.train.tokens.lengths(rows)
     epochs = [

@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 stopped by the user."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ import typer
 
 from common.config import Config, default_keys, load_config
 from common.errors import InputError, Interrupted, RunFailed
+
+# waiting threads sleep instead of spinning: on a busy machine spinning costs several times the work itself;
+# OpenMP reads this when torch is first imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -5,13 +5,9 @@ import sys
 from pathlib import Path
 
 from common.config import Config
-from common.dataset import prepare_dataset
-from common.device import choose_compute
 from common.errors import InputError
-from common.models import load_teacher
-from common.store import cache_folder
-from server.teacher import check_head, find_teacher, prepare_teacher
-from server.validation import validate
+from server.preparation import prepare_lesson
+from server.teacher import find_teacher
 from simulations.display import console_on, progress_for
 
 
@@ -21,13 +17,7 @@ def save_teacher(config: Config, out: Path) -> None:
         raise InputError(f"--out {out}: exists already; give a new folder")
     console = console_on(sys.stdout)
     progress = progress_for(console)
-    source = find_teacher(config.teacher.model)
-    cache = cache_folder(config.runtime.cache)
-    data = prepare_dataset(config, source.folder, cache, progress)
-    check_head(source, data.task, len(data.public))
-    teacher = prepare_teacher(config, source, data, cache, progress)
-    compute = choose_compute(config.runtime.device, config.client.precision)
-    scores = validate(load_teacher(teacher.folder).to(compute.device), data, compute)
-    shutil.copytree(teacher.folder, out)
-    found = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "n")
-    progress.line(f"{out}: {found or 'no validation split'} (sha256 {teacher.hash[:16]})")
+    lesson = prepare_lesson(config, find_teacher(config.teacher.model), progress)
+    shutil.copytree(lesson.teacher.folder, out)
+    found = ", ".join(f"{name} {value:.4f}" for name, value in lesson.validation.items() if name != "n")
+    progress.line(f"{out}: {found or 'no validation split'} (sha256 {lesson.teacher.hash[:16]})")

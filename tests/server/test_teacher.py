@@ -38,8 +38,10 @@ def refusal(model):
 def test_a_head_layers_and_positions_are_read_without_the_weights(family, tmp_path):
     classifier = make_teacher(tmp_path / "classifier", family, labels=3, layers=2)
     encoder = make_teacher(tmp_path / "encoder", family, labels=0, layers=3)
-    assert find_teacher(str(classifier)) == TeacherSource(classifier, head=3, layers=2, positions=66)
-    assert find_teacher(str(encoder)) == TeacherSource(encoder, head=0, layers=3, positions=66)
+    assert find_teacher(str(classifier)) == TeacherSource(
+        classifier, 3, ("label_0", "label_1", "label_2"), layers=2, positions=66
+    )
+    assert find_teacher(str(encoder)) == TeacherSource(encoder, 0, (), layers=3, positions=66)
 
 
 def test_a_folder_without_config_is_refused(tiny_teacher, tmp_path):
@@ -89,7 +91,7 @@ def test_a_hub_id_out_of_reach_says_how_to_do_without(tmp_path):
 
 
 def source(**changed):
-    return TeacherSource(**{"folder": None, "head": 2, "layers": 6, "positions": 512} | changed)
+    return TeacherSource(**{"folder": None, "head": 2, "labels": (), "layers": 6, "positions": 512} | changed)
 
 
 def test_a_head_must_have_the_tasks_labels():
@@ -97,6 +99,23 @@ def test_a_head_must_have_the_tasks_labels():
     check_head(source(head=1), GLUE["stsb"], 0)
     with pytest.raises(InputError, match="its head has 2 labels, task = mnli has 3"):
         check_head(source(), GLUE["mnli"], 100)
+
+
+def test_a_head_with_the_tasks_labels_in_another_order_is_refused():
+    check_head(source(labels=("negative", "positive")), TOY, 0)
+    with pytest.raises(InputError, match="its labels are in the order positive, negative"):
+        check_head(source(labels=("positive", "negative")), TOY, 0)
+
+
+def test_a_teacher_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_teacher(tmp_path, layers=1)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("bert.encoder.layer.0.output.dense.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of the model's weights, e.g. bert.encoder.layer.0.output"):
+        load_teacher(folder)
 
 
 def test_a_bare_encoder_needs_public_examples():
@@ -162,7 +181,7 @@ def test_a_fine_tuned_teacher_is_a_plain_transformers_folder_that_fits_the_task(
     assert model.config.id2label == {0: "0", 1: "1"}
     assert AutoTokenizer.from_pretrained(found.folder)("good")["input_ids"]
     assert find_teacher(str(found.folder)).head == 2
-    bare = load_teacher(encoder).state_dict()
+    bare = load_teacher(encoder, complete=False).state_dict()
     changed = [not torch.equal(weight, bare[name]) for name, weight in model.state_dict().items() if "layer.0" in name]
     assert all(changed)
 
