@@ -21,6 +21,7 @@ def call(capfd, monkeypatch, tmp_path):
     return run
 
 
+TINY = ["teacher.model=tiny", "student.layers=2", "data.max-length=32"]
 BAD = {
     "unknown key": (["rounbs=3"], "rounbs: no such key; did you mean rounds?"),
     "mistyped": (["rounds=many"], "rounds = 'many'"),
@@ -29,28 +30,12 @@ BAD = {
     "task": (["task=sst3"], "task = 'sst3'"),
     "layers": (["teacher.model=tiny", "student.layers=9"], "student.layers = 9: the teacher has 4 layers"),
     "no such layer": (["teacher.model=tiny", "student.layers=1", "student.layer-selection=7"], "from 0 to 3"),
-    "no source": (
-        ["task=sst2", "data.source=nowhere", "teacher.model=tiny"],
-        "data.source = 'nowhere': no such folder",
-    ),
-    "column": (
-        ["task=text", "data.source=a.csv", "data.text-columns=body", "teacher.model=tiny", "student.layers=2"],
-        "no column 'body'",
-    ),
-    "clients": (
-        [
-            "task=text",
-            "data.source=a.csv",
-            "data.clients=5000",
-            "teacher.model=tiny",
-            "student.layers=2",
-            "data.max-length=32",
-        ],
-        "data.clients = 5000: only",
-    ),
+    "no source": (["task=sst2", "data.source=nowhere", *TINY], "data.source = 'nowhere': no such folder"),
+    "column": (["task=text", "data.source=a.csv", "data.text-columns=body", *TINY], "no column 'body'"),
+    "clients": (["task=text", "data.source=a.csv", "data.clients=5000", *TINY], "data.clients = 5000: only"),
     "no weights": (["teacher.model=empty"], "no config.json"),
     "pickled weights": (["teacher.model=pickled"], "only pickled weights (pytorch_model.bin)"),
-    "hub": (
+    "hub": (["task=rte", *TINY], "data.source: the hub's dataset"),
         ["task=rte", "teacher.model=tiny", "student.layers=2", "data.max-length=32"],
         "data.source: the hub's dataset",
     ),
