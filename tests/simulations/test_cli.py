@@ -36,9 +36,6 @@ BAD = {
     "no weights": (["teacher.model=empty"], "no config.json"),
     "pickled weights": (["teacher.model=pickled"], "only pickled weights (pytorch_model.bin)"),
     "hub": (["task=rte", *TINY], "data.source: the hub's dataset"),
-        ["task=rte", "teacher.model=tiny", "student.layers=2", "data.max-length=32"],
-        "data.source: the hub's dataset",
-    ),
 }
 
 
