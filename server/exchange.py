@@ -145,7 +145,7 @@ class Exchange:
         for node, chosen in assign(clients, self.sizes, list(nodes)).items():
             content = pack(self._instruction(round_number, chosen), arrays)
             sent.append((Message(content, dst_node_id=node, message_type=kind), chosen))
-        display = self.progress.step(f"round {round_number}/{self.config.rounds}: {name}", len(clients))
+        display = self.progress.step(f"round {round_number}/{self.config.rounds} {name}", len(clients))
         self.phase = Phase(name, round_number, tuple(clients), sent, display, display.__enter__())
         self.phase.step.info(info)
         self.phase.bytes_down = sum(message_bytes(message) for message, _ in sent)

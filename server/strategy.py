@@ -4,6 +4,7 @@ Flower's `Strategy.start` drives the rounds: train, evaluate, validate at the se
 asks for, what enters its sums and what is written down.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -163,7 +164,7 @@ class FederatedDistillation(Strategy):
         self.folder.add_line({"round": server_round, "phase": "validation", "student": history.validation})
         self.folder.save_checkpoint(server_round, self.weights, self.config.server.keep_checkpoints)
         if server_round:
-            self.progress.line(f"round {server_round}/{self.config.rounds}: {self._latest()}")
+            self.progress.line(f"round {server_round}/{self.config.rounds}: {self._verdict()}")
         return None
 
     def put_weights_into_student(self) -> None:
@@ -207,12 +208,17 @@ class FederatedDistillation(Strategy):
         self.folder.add_line({**line, **phase.accounting()})
 
     def _latest(self) -> str:
-        """Loss and scores so far, short enough for one line."""
+        """Loss and score so far, short enough to stand beside a bar."""
         history, metric = self.history, self.data.task.headline
         parts = [f"loss {history.losses['loss']:.4f}"] if history.losses else []
         if history.student:
-            share = retention(history.student, history.teacher, metric)
-            parts.append(f"{metric} {history.student[metric]:.4f}, {share:.1%} of the teacher")
-        if metric in history.validation:
-            parts.append(f"validation {history.validation[metric]:.4f}")
+            parts.append(f"{metric} {history.student[metric]:.4f}")
         return ", ".join(parts)
+
+    def _verdict(self) -> str:
+        """What is said after a round: in 80 columns, the share of the teacher's score kept, and validation."""
+        history, metric = self.history, self.data.task.headline
+        share = retention(history.student, history.teacher, metric)
+        kept = "" if math.isnan(share) else f" ({share:.1%} kept)"
+        public = f", validation {history.validation[metric]:.4f}" if metric in history.validation else ""
+        return f"{self._latest()}{kept}{public}"

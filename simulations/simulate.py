@@ -4,7 +4,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,18 @@ def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading
     outcome: list[Any] = []
     nodes = worker_count(federation.config)
 
+    starting = ExitStack()
+
     def serve(grid: Any) -> None:
+        starting.close()
         try:
             outcome.append(run_federation(federation, folder, grid, progress, nodes=nodes, stopped=stop.is_set))
         except BaseException as error:
             outcome.append(error)  # the runtime would wrap it; we want it as it is
             raise
 
-    with progress.step("start the workers", None), ends_within(stop, GRACE_SECONDS, INTERRUPTED):
+    with starting, ends_within(stop, GRACE_SECONDS, INTERRUPTED):
+        starting.enter_context(progress.step("start the workers", None))
         try:
             run_on_ray(serve, federation.config)
         except BaseException:
