@@ -76,11 +76,11 @@ def _read_lines(run: Path) -> list[dict[str, Any]]:
 
 def _verdict(summary: dict[str, Any]) -> str:
     if "student" not in summary:
-        return f"The run is <b>{summary['status']}</b>: it ended before its first round."
+        return f"Status: <b>{summary['status']}</b>. The run ended before its first round."
     share, metric = summary["retention"]["federated"], summary["metric"]
     kept = f"{share:.1%} of the teacher's {metric}" if share is not None else "an undefined share of the score"
     return (
-        f"The run is <b>{summary['status']}</b>. A student of {summary['student']['params_ratio']:.1%} of the "
+        f"Status: <b>{summary['status']}</b>. A student of {summary['student']['params_ratio']:.1%} of the "
         f"teacher's size keeps <b>{kept}</b> on data that stayed with {summary['clients']} clients."
     )
 
