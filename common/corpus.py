@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.errors import InputError
-from common.files import Columns, read_columns, read_parquet
+from common.files import Columns, read_columns, read_public
 from common.hub import fetch_folder
 from common.seeding import generator
 from common.tasks import GLUE, TOY, Task, text_task
@@ -131,7 +131,7 @@ def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> T
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise InputError(f"{folder}: no {split}-*.parquet; the layout of {GLUE_HUB} has it")
-    columns = read_parquet(*files)
+    columns = read_public(files)
     where = f"{folder}/{split}"
     texts = _texts(columns, task.text_columns, where, strict=False)
     owners = None

@@ -1,13 +1,13 @@
-"""A file of examples as columns of values: CSV, JSON lines or Parquet.
+"""Files of examples as columns of values: public Parquet tables, and a user's own CSV, JSON lines or Parquet.
 
-Read here and not by `datasets`: that one guesses types ("007" becomes a number, a column of dates no text),
-keeps a copy of private text in a cache of its own and quotes it in its log. A message of this module names the
-file and the line, never what stands there.
+Public tables are read by `datasets`. A user's file is not: `datasets` guesses types ("007" becomes a number, a
+column of dates no text), keeps a copy of private text in a cache of its own and quotes it in its log. A message
+of this module names the file and the line, never what stands there.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,31 @@ def read_columns(path: Path) -> Columns:
     return reader(path)
 
 
-def read_parquet(*paths: Path) -> Columns:
-    """Columns of Parquet files, one after the other."""
+def read_public(paths: Sequence[Path]) -> Columns:
+    """Columns of the Parquet files of one split, one after the other, through `datasets`.
+
+    Raises:
+        InputError: a file is not Parquet, or they do not fit each other.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.Dataset.from_parquet([str(path) for path in paths])
+    except Exception as error:  # datasets raises many kinds
+        kind = type(error.__cause__ or error).__name__
+        raise InputError(f"{paths[0]}: cannot be read as parquet ({kind})") from None
+    return {name: partial(table.__getitem__(name).__getitem__, slice(None)) for name in table.column_names}
+
+
+def read_parquet(path: Path) -> Columns:
+    """Columns of one Parquet file."""
     from pyarrow.parquet import read_table  # type: ignore[import-untyped]
 
     try:
-        table = read_table([str(path) for path in paths], partitioning=None)
+        table = read_table(str(path), partitioning=None)
     except Exception as error:  # pyarrow raises many kinds
-        raise InputError(f"{paths[0]}: cannot be read as parquet ({type(error).__name__})") from None
+        raise InputError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
     return {name: table[name].to_pylist for name in table.column_names}
 
 

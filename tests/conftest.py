@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from common.device import Compute
 from common.progress import Silent
 from common.tokens import Tokens, tokenize
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when a library that asks the hub is imported
+# both are read when a library of the hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+_TABLES = tempfile.TemporaryDirectory(prefix="fedistill-tests-")
+os.environ["HF_DATASETS_CACHE"] = _TABLES.name
 
 FP32 = Compute(torch.device("cpu"), bf16=False)
 BF16 = Compute(torch.device("cpu"), bf16=True)

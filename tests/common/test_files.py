@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import InputError
-from common.files import read_columns, read_parquet
+from common.files import read_columns, read_public
 
 PRIVATE = "Xaverl Zwockt Krebs"
 
@@ -47,7 +47,7 @@ def test_parquet_files_follow_one_another(tmp_path):
     folder.mkdir()
     for number in range(2):
         pq.write_table(pa.table({"text": [f"a{number}"], "label": [number]}), folder / f"{number}.parquet")
-    both = read_parquet(folder / "0.parquet", folder / "1.parquet")
+    both = read_public([folder / "0.parquet", folder / "1.parquet"])
     assert {name: column() for name, column in both.items()} == {"text": ["a0", "a1"], "label": [0, 1]}
 
 
