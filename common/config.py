@@ -234,7 +234,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (value or key in Config.model_fields):
             flat.update({f"{key}.{name}": inner for name, inner in value.items()})
         else:
             flat[key] = value

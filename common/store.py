@@ -52,6 +52,8 @@ def build_folder(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
+        for abandoned in target.parent.glob(f".{target.name}.*"):  # by a builder that was killed: we hold the lock
+            shutil.rmtree(abandoned, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             yield draft

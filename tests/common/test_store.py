@@ -75,3 +75,10 @@ def test_a_key_goes_before_the_variable_before_the_home_folder(tmp_path, monkeyp
     monkeypatch.delenv("FEDISTILL_CACHE")
     assert cache_folder() == tmp_path / ".cache" / "fedistill"
     assert (tmp_path / "key").is_dir()
+
+
+def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".folder.abc123").mkdir()
+    with build_folder(tmp_path / "folder") as draft:
+        assert draft is not None
+    assert left(tmp_path) == ["folder"]
