@@ -190,8 +190,9 @@ class Exchange:
             raise Interrupted
         if self.phase is not None and self.scoreboard.exists():
             done = self.scoreboard.stat().st_size
-            self.phase.step.advance(done - self.phase.shown)
-            self.phase.shown = done
+            if done > self.phase.shown:
+                self.phase.step.advance(done - self.phase.shown)
+                self.phase.shown = done
 
     def _instruction(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
         teacher = self.federation.teacher
