@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import Config
-from common.corpus import Corpus, load_corpus
+from common.corpus import Corpus, Table, load_corpus
 from common.errors import InputError
 from common.hashing import hash_files, hash_json
 from common.partition import Index, Shard, cut_clients, cut_groups, cut_holdout, text_groups
@@ -93,7 +93,8 @@ def prepare_dataset(config: Config, tokenizer_folder: Path, cache: Path, progres
     Raises:
         InputError: something about the data or its keys is wrong.
     """
-    corpus = load_corpus(config)
+    with progress.step("read the data", None):
+        corpus = load_corpus(config)
     key = _key(config, corpus, tokenizer_folder)
     with build_folder(cache / "datasets" / key) as draft:
         if draft is not None:
@@ -137,6 +138,28 @@ def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
 
 
 def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path, progress: Progress) -> None:
+    with progress.step("cut the data into clients", None):
+        public, validation, shards = _cut(config, corpus)
+    _save_shards(folder, shards)
+    np.save(folder / "public.npy", public)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tables = {"train": corpus.train, **validation}
+    with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
+        for name, each in tables.items():
+            tokenize(each.texts, tokenizer, config.data.max_length, step.advance).save(folder, name)
+            np.save(folder / f"{name}.labels.npy", each.labels)
+            np.save(folder / f"{name}.keys.npy", each.keys())
+    meta = {
+        "task": asdict(corpus.task),
+        "validation": list(validation),
+        "pad": tokenizer.pad_token_id,
+        "typed": "token_type_ids" in tokenizer.model_input_names,
+    }
+    (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
+
+
+def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], list[Shard]]:
+    """Public rows, public validation tables and every client's shard."""
     data, table = config.data, corpus.train
     groups = text_groups(table)
     public, private = cut_groups(groups, data.public_fraction, generator(config.seed, "public"))
@@ -153,22 +176,7 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
             f"data.min-examples = {data.min_examples}: no client has that many of the {len(private)} private "
             "examples; give fewer clients or a smaller minimum"
         )
-    _save_shards(folder, shards)
-    np.save(folder / "public.npy", public)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tables = {"train": table, **validation}
-    with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
-        for name, each in tables.items():
-            tokenize(each.texts, tokenizer, data.max_length, step.advance).save(folder, name)
-            np.save(folder / f"{name}.labels.npy", each.labels)
-            np.save(folder / f"{name}.keys.npy", each.keys())
-    meta = {
-        "task": asdict(corpus.task),
-        "validation": list(validation),
-        "pad": tokenizer.pad_token_id,
-        "typed": "token_type_ids" in tokenizer.model_input_names,
-    }
-    (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
+    return public, validation, shards
 
 
 def load_tokenizer(folder: Path) -> Any:

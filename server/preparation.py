@@ -73,7 +73,7 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) ->
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)
-    return Lesson(data, teacher, model, validate(model, data, compute), compute)
+    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute)
 
 
 def prepare(config: Config, progress: Progress) -> Federation:

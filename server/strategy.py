@@ -160,7 +160,7 @@ class FederatedDistillation(Strategy):
         """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
         self.put_weights_into_student()
         history = self.history
-        history.validation = validate(self.federation.student, self.data, self.federation.compute)
+        history.validation = validate(self.federation.student, self.data, self.federation.compute, self.progress)
         self.folder.add_line({"round": server_round, "phase": "validation", "student": history.validation})
         self.folder.save_checkpoint(server_round, self.weights, self.config.server.keep_checkpoints)
         if server_round:

@@ -9,9 +9,10 @@ from common.dataset import FederatedDataset
 from common.device import Compute
 from common.inference import predict
 from common.metrics import scores, tally
+from common.progress import Progress
 
 
-def validate(model: Any, data: FederatedDataset, compute: Compute) -> dict[str, float]:
+def validate(model: Any, data: FederatedDataset, compute: Compute, progress: Progress) -> dict[str, float]:
     """Scores on each public validation split, and the number of examples of the first as ``n``.
 
     The first split has the metrics' plain names; a further one adds its own, e.g.
@@ -21,7 +22,8 @@ def validate(model: Any, data: FederatedDataset, compute: Compute) -> dict[str, 
     for name, split in data.validation.items():
         labels = np.asarray(split.labels)
         rows = np.flatnonzero(labelled(labels))
-        logits = predict(model, split.tokens, rows, compute)
+        with progress.step(f"score {name.replace('_', ' ')}", len(rows)) as step:
+            logits = predict(model, split.tokens, rows, compute, step.advance)
         result = scores(data.task.score_spec, tally(data.task.score_spec, logits, labels[rows]))
         if not found:
             found = result
