@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 
 from clients.worker import Worker
 from common.config import from_flat
+from common.errors import place_of
 from common.wire import Instruction, pack_reply, unpack
 
 app = ClientApp()
@@ -66,11 +67,7 @@ def _safely(work: Callable[[], Message]) -> Message:
     try:
         return work()
     except Exception as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-        failure = ClientFailed(f"{type(error).__name__}{place}")
+        failure = ClientFailed(f"{type(error).__name__}{place_of(error)}")
     raise failure
 
 

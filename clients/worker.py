@@ -21,7 +21,7 @@ from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
 from common.fixed_point import NotFinite, add_into
-from common.hashing import hash_json, hash_tensors
+from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.inference import predict
 from common.metrics import statistics_length
 from common.models import choose_layers, cut_student, freeze_embeddings, load_teacher, pair_hidden_layers
@@ -69,6 +69,7 @@ class Worker:
             "tokenizer": tokenizer_hash(Path(teacher_folder)),
             "max-length": config.data.max_length,
             "compute": self.compute.name,
+            **runtime_fingerprint(Path(teacher_folder), config.runtime.threads),
         }
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 

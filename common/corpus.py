@@ -4,8 +4,8 @@ Everything a user can get wrong in data is found here, before a worker starts. A
 column and the row, never the text or the label: both may be private.
 """
 
+import difflib
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -183,10 +183,10 @@ def _read_file(key: str, name: str) -> Columns:
 
 def _column(columns: Columns, name: str, where: str) -> list[Any]:
     if name not in columns:
-        # without a header line, the names would be a private text and its label
-        names = [known for known in columns if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", known)]
-        more = f" ({len(columns) - len(names)} more: is the first line a header?)" if len(names) < len(columns) else ""
-        raise InputError(f"{where}: no column {name!r}; it has {', '.join(names) or 'none'}{more}")
+        # not the names themselves: without a header line they would be a private text and its label
+        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]}?" if near else "; is the first line a header, and the key right?"
+        raise InputError(f"{where}: no column {name!r} among its {len(columns)}{hint}")
     return columns[name]()
 
 

@@ -25,7 +25,10 @@ from common.tasks import Task
 from common.tokens import Tokens, tokenize
 
 FORMAT = 1
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spm.model")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spm.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
 def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path, progress: Progress) -> None:
     with progress.step("cut the data into clients", None):
         public, validation, shards = _cut(config, corpus)
+    share = config.data.holdout_fraction
+    if share > 0 and not any(len(shard.heldout) for shard in shards):
+        largest = int(np.unique(text_groups(corpus.train), return_counts=True)[1].max())
+        raise InputError(
+            f"data.holdout-fraction = {share}: no example can be held out, because examples that share "
+            f"a text stay together and {largest} of {len(corpus.train)} do; give other data.text-columns, or 0"
+        )
     _save_shards(folder, shards)
     np.save(folder / "public.npy", public)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -185,6 +195,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: the folder has none that loads.
     """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")):
+        raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or a vocabulary); save it beside the model")
     from transformers import AutoTokenizer
 
     try:

@@ -1,5 +1,15 @@
 """The three ways a run ends early. Each carries one line a user can act on and no private text."""
 
+from pathlib import Path
+
+
+def place_of(error: BaseException) -> str:
+    """`` at FILE:LINE`` where an error was raised: with its kind, all that may be told of one we did not foresee."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+
 
 class InputError(Exception):
     """What the user gave is wrong: the message names the field or file, the value and what would be right.

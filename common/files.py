@@ -44,7 +44,7 @@ def read_public(paths: Sequence[Path]) -> Columns:
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.Dataset.from_parquet([str(path) for path in paths])
+        table = datasets.Dataset.from_parquet([str(path) for path in paths], keep_in_memory=True)
     except Exception as error:  # datasets raises many kinds
         kind = type(error.__cause__ or error).__name__
         raise InputError(f"{paths[0]}: cannot be read as parquet ({kind})") from None
@@ -57,6 +57,7 @@ def read_parquet(path: Path) -> Columns:
 
     try:
         table = read_table(str(path), partitioning=None)
+        table.validate(full=True)  # finds text that is not UTF-8
     except Exception as error:  # pyarrow raises many kinds
         raise InputError(f"{path}: cannot be read as parquet ({type(error).__name__})") from None
     return {name: table[name].to_pylist for name in table.column_names}

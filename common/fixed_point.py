@@ -33,17 +33,21 @@ def encode(values: NDArray[Any], weight: int) -> NDArray[np.int64]:
     return np.rint(scaled).astype(np.int64)
 
 
+def overflows(total: NDArray[np.int64], part: NDArray[np.int64]) -> bool:
+    """Whether total + part leaves the 64-bit range somewhere: same signs in, another sign out."""
+    both = total + part
+    return bool(((~(total ^ part) & (total ^ both)) < 0).any())
+
+
 def add_into(total: NDArray[np.int64], part: NDArray[np.int64]) -> None:
     """total += part, in place.
 
     Raises:
-        OverflowError: a sum leaves the 64-bit range; ``total`` is then unusable.
+        OverflowError: a sum would leave the 64-bit range; ``total`` is as before.
     """
-    before = total.copy()
-    np.add(total, part, out=total)
-    # same signs in, another sign out
-    if ((~(before ^ part) & (before ^ total)) < 0).any():
+    if overflows(total, part):
         raise OverflowError("the sum of updates leaves the 64-bit range")
+    np.add(total, part, out=total)
 
 
 def mean(total: NDArray[np.int64], weight: int) -> NDArray[np.float64]:

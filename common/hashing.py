@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def hash_files(paths: Iterable[Path]) -> str:
     for path in sorted(paths, key=lambda p: p.name):
         digest.update(f"{path.name}|{hash_file(path)}|".encode())
     return digest.hexdigest()
+
+
+def runtime_fingerprint(model: Path, threads: int) -> dict[str, str | int]:
+    """What a model's outputs depend on besides its weights: configuration, threads, library versions, processor."""
+    return {
+        "config": hash_file(model / "config.json"),
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -40,16 +40,19 @@ def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
     from torch's global generator.
 
     Raises:
-        InputError: ``complete`` is asked for and the folder lacks some of the weights.
+        InputError: it does not load, or ``complete`` is asked for and some of the weights are not there.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     safely = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **safely, **overrides
-    )
+    try:
+        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **safely, **overrides
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"teacher.model: {folder} does not load ({type(error).__name__})") from None
     missing = sorted(found["missing_keys"])
     if complete and missing:
         raise InputError(f"teacher.model: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")

@@ -9,15 +9,20 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from common.errors import InputError
+
 
 def cache_folder(configured: str = "") -> Path:
-    """Where tokenised data, fine-tuned teachers and their outputs are kept between runs.
+    """Where tokenised data, fine-tuned teachers and their outputs are kept between runs, readable by the owner alone.
 
     In this order: the key ``runtime.cache``, the variable ``FEDISTILL_CACHE``, ``~/.cache/fedistill``.
     """
     chosen = configured or os.environ.get("FEDISTILL_CACHE", "")
     folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedistill"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"runtime.cache = {str(folder)!r}: {error.strerror}; give a folder that can be made") from None
     return folder.resolve()
 
 
@@ -57,7 +62,6 @@ def build_folder(target: Path) -> Iterator[Path | None]:
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             yield draft
-            draft.chmod(0o755)
             draft.rename(target)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.fixed_point import add_into, mean
+from common.fixed_point import LIMIT, mean, overflows
 from common.wire import ClientLine
 
 Sums = Mapping[str, NDArray[np.int64]]
@@ -33,13 +33,11 @@ class RunningSum:
         totals: int64 arrays by name.
         weight: examples behind ``totals``.
         lines: accounting of the clients in the sum.
-        problems: client id and reason of each client that is not.
     """
 
     totals: dict[str, NDArray[np.int64]]
     weight: int = 0
     lines: list[ClientLine] = field(default_factory=list)
-    problems: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, shapes: Mapping[str, tuple[int, ...]]) -> "RunningSum":
@@ -52,17 +50,20 @@ class RunningSum:
             sizes: examples each client is known to have.
 
         Raises:
-            Rejected: a client's count is not the one it is known to have, or is not positive.
+            Rejected: a client's count is not the one it is known to have or not positive, or the sum would leave
+                the 64-bit range; nothing is added then.
         """
         accepted = [line for line in lines if not line.problem]
         for line in accepted:
             if line.examples <= 0 or line.examples != sizes[line.client]:
                 raise Rejected(f"client {line.client} counts {line.examples} examples; it has {sizes[line.client]}")
-        self.problems.update({line.client: line.problem for line in lines if line.problem})
         if not accepted:
             return
+        for name, total in self.totals.items():  # all before the first: a refused reply leaves no trace
+            if np.abs(part[name].astype(np.float64)).max(initial=0.0) >= LIMIT or overflows(total, part[name]):
+                raise Rejected(f"{name}: a value is too large to add up")
         for name, total in self.totals.items():
-            add_into(total, part[name])
+            np.add(total, part[name], out=total)
         self.weight += sum(line.examples for line in accepted)
         self.lines.extend(accepted)
 

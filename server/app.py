@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from common.config import Config, from_flat
 from common.progress import Lines
 from server.preparation import prepare
-from server.run import run_federation
+from server.run import run_federation, told_in
 from server.run_folder import RunFolder
 
 app = ServerApp()
@@ -26,7 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     config = from_flat(context.run_config)
     progress = Lines(every=10.0)
     folder = RunFolder(default_folder(config), config)
-    federation = prepare(config, progress)
-    summary = run_federation(federation, folder, grid, progress, nodes=1)
+    with told_in(folder, config):
+        federation = prepare(config, progress)
+        summary = run_federation(federation, folder, grid, progress, nodes=1)
     share = summary["retention"]["federated"]
     progress.line(f"{summary['status']}: retention {share:.4f}, see {folder.path}")

@@ -4,7 +4,6 @@ import math
 import platform
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,7 +28,6 @@ class History:
         validation: the student's scores on the public validation split after the last round.
     """
 
-    started: float = field(default_factory=time.monotonic)
     rounds: int = 0
     examples: int = 0
     train_seconds: float = 0.0
@@ -67,8 +65,8 @@ def client_spread(scores: Sequence[float | None]) -> dict[str, float]:
     }
 
 
-def summarise(federation: Federation, history: History, status: str) -> dict[str, Any]:
-    """The contents of summary.json."""
+def summarise(federation: Federation, history: History, status: str, seconds: float) -> dict[str, Any]:
+    """The contents of summary.json; ``seconds`` is the time of the whole run, preparation included."""
     data, metric = federation.data, federation.data.task.headline
     student_size, teacher_size = count_parameters(federation.student), federation.teacher_parameters
     teacher = {
@@ -103,7 +101,7 @@ def summarise(federation: Federation, history: History, status: str) -> dict[str
         },
         "spread": history.spread,
         "privacy": privacy,
-        "cost": _cost(history),
+        "cost": _cost(history, seconds),
         "faults": {"failed": history.failed, "rejected": history.rejected, "late": history.late},
         "student_sha256": hash_tensors(federation.student.state_dict()),
         "versions": _versions(),
@@ -122,10 +120,10 @@ def unprepared_summary(config: Any, status: str) -> dict[str, Any]:
     }
 
 
-def _cost(history: History) -> dict[str, Any]:
+def _cost(history: History, seconds: float) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
     return {
-        "wall_s": time.monotonic() - history.started,
+        "wall_s": seconds,
         "train_s": history.train_seconds,
         "examples": history.examples,
         "examples_per_s": history.examples / history.train_seconds if history.train_seconds else 0.0,

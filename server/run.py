@@ -1,12 +1,15 @@
 """A whole run at the server: rounds, then the student and the summary, whatever happens in between."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from common.config import Config
 from common.dataset import load_tokenizer
-from common.errors import Interrupted, RunFailed
+from common.errors import InputError, Interrupted, RunFailed
 from common.progress import Progress
-from server.history import summarise
+from server.history import summarise, unprepared_summary
 from server.preparation import Federation
 from server.report import write_report
 from server.run_folder import RunFolder
@@ -42,10 +45,25 @@ def run_federation(
         raise RunFailed(f"{error.filename or folder.path}: {error.strerror}") from error
     finally:
         strategy.put_weights_into_student()
-        summary = summarise(federation, strategy.history, status)
+        summary = summarise(federation, strategy.history, status, time.monotonic() - folder.began)
         folder.save_summary(summary)
         write_report(folder.path)
     return summary
+
+
+@contextmanager
+def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
+    """However a run ends before its first round, its folder says so; after wrong input it is as it was."""
+    try:
+        yield
+    except InputError:
+        folder.release()
+        raise
+    except BaseException as error:
+        if not (folder.path / "summary.json").exists():
+            stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+            folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
+        raise
 
 
 def save_student(federation: Federation, folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,19 @@ class RunFolder:
     def __init__(self, path: Path, config: Config) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path}: not an empty folder; give another --out, or remove it")
+        self.made, self.began = not path.exists(), time.monotonic()
         try:
             path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "config.toml", config.toml().encode())
         except OSError as error:
-            raise InputError(f"{path}: cannot be made: {error.strerror}") from None
+            raise InputError(f"{path}: cannot be made or written: {error.strerror}") from None
         self.path = path.resolve()
-        write_atomically(self.path / "config.toml", config.toml().encode())
 
     def release(self) -> None:
         """Undo the claim of a run that never started, because its input was wrong."""
         for name in ("config.toml", "log.txt"):
             (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        if self.made and not any(self.path.iterdir()):
             self.path.rmdir()
 
     def add_line(self, line: Mapping[str, Any]) -> None:

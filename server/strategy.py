@@ -18,7 +18,7 @@ from common.errors import RunFailed
 from common.metrics import check_statistics, scores, statistics_length
 from common.progress import Progress
 from common.wire import ClientLine
-from server.aggregation import SERVER_RULES, RunningSum
+from server.aggregation import SERVER_RULES, Rejected, RunningSum
 from server.assignment import pick_cohort
 from server.exchange import Exchange, Phase, StreamingGrid
 from server.history import History, client_spread, retention
@@ -93,12 +93,8 @@ class FederatedDistillation(Strategy):
             replies, {"update": shapes}, lambda sums, lines: total.fold(sums["update"], lines, sizes)
         )
         self._count(phase)
-        if phase.lost == len(phase.clients) or phase.lost > self.config.server.max_lost_fraction * len(phase.clients):
-            raise RunFailed(
-                f"round {server_round}: {phase.lost} of {len(phase.clients)} clients lost, more than "
-                f"server.max-lost-fraction = {self.config.server.max_lost_fraction} allows; the first: "
-                f"client {phase.losses()[0][0]} {phase.losses()[0][1]}"
-            )
+        self._check_losses(phase)
+        total.lines.sort(key=lambda line: line.client)
         self.weights = SERVER_RULES[self.config.server.strategy](self.weights, total, self.config.server.lr)
         self._record_training(phase, total)
         return None, None
@@ -120,15 +116,20 @@ class FederatedDistillation(Strategy):
         found: list[ClientLine] = []
 
         def fold(sums: dict[str, dict[str, Any]], lines: list[ClientLine]) -> None:
+            scored = [line for line in lines if not line.problem and held[line.client]]
+            most = sum(held[line.client] for line in scored)
             for who in totals:
                 check_statistics(spec, sums[who]["statistics"])
-            scored = [line for line in lines if not line.problem and held[line.client]]
+                if scores(spec, sums[who]["statistics"])["n"] > most:
+                    raise Rejected(f"statistics of more than the {most} examples that its clients hold out")
             for who, total in totals.items():
                 total.fold(sums[who], scored, held)
             found.extend(scored)
 
         phase = self.exchange.collect(replies, {"student": shapes, "teacher": shapes}, fold)
         self._count(phase)
+        self._check_losses(phase)
+        found.sort(key=lambda line: line.client)
         self._record_scores(phase, {who: total.totals["statistics"] for who, total in totals.items()}, found)
         return None
 
@@ -160,7 +161,9 @@ class FederatedDistillation(Strategy):
         """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
         self.put_weights_into_student()
         history = self.history
-        history.validation = validate(self.federation.student, self.data, self.federation.compute, self.progress)
+        history.validation = validate(
+            self.federation.student, self.data, self.federation.compute, self.progress, self.exchange.tick
+        )
         self.folder.add_line({"round": server_round, "phase": "validation", "student": history.validation})
         self.folder.save_checkpoint(server_round, self.weights, self.config.server.keep_checkpoints)
         if server_round:
@@ -183,6 +186,15 @@ class FederatedDistillation(Strategy):
         history.late += len(phase.late)
         history.bytes_up += phase.bytes_up
         history.bytes_down += phase.bytes_down
+
+    def _check_losses(self, phase: Phase) -> None:
+        allowed = self.config.server.max_lost_fraction
+        if phase.lost == len(phase.clients) or phase.lost > allowed * len(phase.clients):
+            client, what = phase.losses()[0]
+            raise RunFailed(
+                f"round {phase.round} {phase.name}: {phase.lost} of {len(phase.clients)} clients lost, more than "
+                f"server.max-lost-fraction = {allowed} allows; the first: client {client} {what}"
+            )
 
     def _record_training(self, phase: Phase, total: RunningSum) -> None:
         history = self.history

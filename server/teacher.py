@@ -17,7 +17,7 @@ from common.corpus import labelled
 from common.dataset import FederatedDataset, load_tokenizer
 from common.device import choose_compute
 from common.errors import InputError
-from common.hashing import hash_file, hash_files, hash_json, hash_tensors
+from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
 from common.losses import hard_labels, score_error
 from common.models import check_family, load_teacher
@@ -138,7 +138,7 @@ def prepare_teacher(
             "dataset": data.key,
             "keys": config.teacher.model_dump(exclude={"model"}),
             "compute": compute.name,
-            "threads": torch.get_num_threads(),
+            **runtime_fingerprint(source.folder, torch.get_num_threads()),
         }
     )[:32]
     target = cache / "teachers" / key

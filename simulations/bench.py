@@ -37,9 +37,12 @@ def bench(config: Config, repeats: int, out: Path | None) -> dict[str, Any]:
     if config.distill.hidden_weight > 0 or config.student.dropout > 0:
         raise InputError("distill.hidden-weight, student.dropout: the bare loop has neither; set both to 0")
     config = config.model_copy(update={"rounds": 1})
+    torch.set_num_threads(os.cpu_count() or 1)  # before the teacher: its bits depend on it
     console = Console()
     progress = progress_for(console)
     federation = prepare(config, progress)
+    if federation.compute.device.type != "cpu":
+        raise InputError("runtime.device: the bare loop runs on the CPU; set runtime.device = cpu")
     cohort = pick_cohort(federation.data.eligible, config.server.cohort, config.seed, 1)
     examples = int(federation.data.train_sizes[list(cohort)].sum()) * config.client.epochs
     soft = _teacher_logits(federation, cohort)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from common.config import Config, default_keys, load_config
-from common.errors import InputError, Interrupted, RunFailed
+from common.errors import InputError, Interrupted, RunFailed, place_of
 
 # waiting threads sleep instead of spinning: on a busy machine spinning costs several times the work itself;
 # OpenMP reads this when torch is first imported
@@ -131,6 +131,9 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return 130
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 1
+    except Exception as error:  # a fault of ours; its text could quote private data
+        print(f"fedistill: {type(error).__name__}{place_of(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -66,7 +66,7 @@ def _start_ray(cores: int) -> None:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
-        num_cpus=cores,
+        num_cpus=None if os.environ.get("RAY_ADDRESS") else cores,  # a running cluster has its own
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

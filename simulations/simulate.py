@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from common.config import Config
-from common.errors import InputError, Interrupted, RunFailed
+from common.errors import InputError, Interrupted, RunFailed, place_of
 from common.progress import Progress, Silent
 from server.app import default_folder
-from server.history import unprepared_summary
+from server.run import told_in
 from server.run_folder import RunFolder
 from simulations.display import chatter_in, progress_for
 from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, run_on_ray, worker_count
@@ -36,28 +36,21 @@ def simulate(config: Config, out: Path | None, quiet: bool = False) -> dict[str,
     with chatter_in(folder.path / "log.txt") as console:
         progress = Silent() if quiet else progress_for(console)
         try:
-            with _signals(stop) as prepared:
+            with _signals(stop) as prepared, told_in(folder, config):
                 from server.preparation import prepare
 
                 federation = prepare(config, progress)
                 prepared()
                 _say_what_runs(progress, config, federation)
                 summary = _run(federation, folder, progress, stop)
-        except InputError:
-            folder.release()
+        except (InputError, RunFailed):
             raise
         except (KeyboardInterrupt, Interrupted):
             kill_children()
-            if not (folder.path / "summary.json").exists():
-                folder.save_summary(unprepared_summary(config, "interrupted"))
             raise Interrupted from None
         except Exception as error:
-            if not (folder.path / "summary.json").exists():
-                folder.save_summary(unprepared_summary(config, "failed"))
-            if isinstance(error, RunFailed):
-                raise
-            traceback.print_exc()  # goes to log.txt: a person gets one line
-            raise RunFailed(f"{type(error).__name__}, see {folder.path / 'log.txt'}") from error
+            traceback.print_tb(error.__traceback__)  # goes to log.txt; the error's own text could quote private data
+            raise RunFailed(f"{type(error).__name__}{place_of(error)}, see {folder.path / 'log.txt'}") from None
         if not quiet:
             _show(console, summary, folder)
     return summary
@@ -118,7 +111,7 @@ def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
 def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     data = federation.data
     left_out = data.clients - len(data.eligible)
-    note = f", {left_out} left out with fewer than {config.data.min_examples} examples" if left_out else ""
+    note = f", {left_out} left out with too few examples of their own" if left_out else ""
     cohort = config.server.cohort or len(data.eligible)
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
 

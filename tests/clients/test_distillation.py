@@ -124,7 +124,9 @@ def test_a_score_is_distilled_by_squared_error(tmp_path):
     assert update.losses[0] == pytest.approx(loss, rel=1e-5)
     assert update.losses[0] == pytest.approx(0.7 * update.losses[1] + 0.3 * update.losses[2])
     for name in scene.weights:
-        assert torch.allclose(scene.student.trained[name], expected[name], atol=2e-6)
+        # a key's bias has no gradient but rounding noise (softmax does not see it), and AdamW scales noise to steps
+        if not name.endswith("key.bias"):
+            assert torch.allclose(scene.student.trained[name], expected[name], atol=2e-6), name
 
 
 class Forbidden:

@@ -63,7 +63,8 @@ def test_a_stop_while_preparing_says_so_too(start, tmp_path):
     from tests.conftest import make_teacher
 
     make_teacher(tmp_path / "encoder", labels=0)
-    settings = ["-s", "teacher.model=encoder", "-s", "teacher.epochs=100", "-s", "student.layers=2"]
+    keys = ("teacher.model=encoder", "data.max-length=32", "teacher.epochs=100", "student.layers=2")
+    settings = [part for key in keys for part in ("-s", key)]
     process = start(settings)
     end = time.monotonic() + 60
     while not list(Path(os.environ["FEDISTILL_CACHE"]).glob("teachers/.*")):
