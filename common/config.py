@@ -109,7 +109,7 @@ class RuntimeKeys(_Section):
     threads: int = Field(1, ge=1, le=256, description="threads per worker; part of the bits of the result")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run")
     cache: str = Field("", description="folder for caches; empty: FEDISTILL_CACHE or ~/.cache/fedistill")
-    out: str = Field("", description="run folder for `flwr run .`; `simulate --out` sets it")
+    out: str = Field("", description="run folder for `flwr run .`; `simulate` has --out")
 
 
 class Config(_Section):

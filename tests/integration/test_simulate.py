@@ -136,7 +136,7 @@ def test_a_round_equals_the_same_clients_trained_without_flower(fedistill, tiny,
 def test_a_bare_encoder_is_fine_tuned_and_a_csv_with_four_classes_is_learnt(fedistill, tmp_path):
     from tests.conftest import make_teacher
 
-    make_teacher(tmp_path / "encoder", labels=0)
+    make_teacher(tmp_path / "encoder", labels=0, layers=2)
     rows = ["text,topic"]
     topics = {"food": "meal", "phones": "battery", "films": "story", "hotels": "room"}
     for i in range(100):
@@ -144,8 +144,8 @@ def test_a_bare_encoder_is_fine_tuned_and_a_csv_with_four_classes_is_learnt(fedi
     (tmp_path / "topics.csv").write_text("\n".join(rows) + "\n")
     keys = {
         "task": "text", "data.source": "topics.csv", "data.label-column": "topic", "teacher.model": "encoder",
-        "teacher.lr": 0.01, "teacher.epochs": 10, "teacher.token-budget": 256, "data.clients": 4, "data.alpha": 0.5,
-        "student.layers": 2, "rounds": 3, "client.lr": 0.01, "client.epochs": 3, "client.token-budget": 128,
+        "teacher.lr": 0.01, "teacher.epochs": 40, "teacher.token-budget": 256, "data.clients": 4, "data.alpha": 0.5,
+        "student.layers": 1, "rounds": 3, "client.lr": 0.01, "client.epochs": 3, "client.token-budget": 128,
         "data.max-length": 48, "data.public-fraction": 0.4,
     }  # fmt: skip
     settings = [part for key, value in keys.items() for part in ("-s", f"{key}={value}")]
