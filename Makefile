@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+GLUE ?= ../shared/data/glue
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test unit lint bench clean
@@ -19,8 +20,8 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/dev  ## training speed against a bare PyTorch loop
-	$(BIN)/fedistill bench
+bench: .venv/dev  ## training speed beside plain PyTorch and a usual Flower app, on SST-2
+	$(BIN)/fedistill bench --workload few-large -s data.source=$(GLUE)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

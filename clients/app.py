@@ -4,16 +4,19 @@ The same app runs in a simulation's workers and on an edge device.
 """
 
 import json
+import os
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.worker import Worker
+from clients.worker import Finished, Worker
 from common.config import from_flat
 from common.errors import place_of
-from common.wire import Instruction, pack_reply, unpack
+from common.wire import Instruction, pack_reply, unpack_instruction, unpack_student
 
 app = ClientApp()
 
@@ -24,38 +27,46 @@ _resident: dict[str, Worker] = {}  # at most one: a new run replaces it
 def teach(message: Message, context: Context) -> Message:
     """Compute the teacher's outputs for the clients' examples, where they are not on disk yet."""
 
-    def work() -> Message:
-        instruction, _ = unpack(message.content)
-        lines = _worker(instruction).teach(instruction.clients, _finished(instruction))
-        return Message(pack_reply({}, lines), reply_to=message)
+    def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
+        return pack_reply({}, worker.teach(instruction.clients, finished))
 
-    return _safely(work)
+    return _answer(message, work)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Distil the student on each listed client; reply with the sum of the updates."""
+    """Distil the student on each listed client; reply with the sum of the updates, or with each."""
 
-    def work() -> Message:
-        worker = _worker(unpack(message.content)[0])
-        instruction, arrays = unpack(message.content, worker.shapes)
-        update, lines = worker.train(arrays, instruction.round, instruction.clients, _finished(instruction))
-        return Message(pack_reply({"update": update}, lines), reply_to=message)
+    def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
+        return pack_reply(*worker.train(unpack_student(message.content, worker.shapes), instruction, finished))
 
-    return _safely(work)
+    return _answer(message, work)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score student and teacher on each listed client's held-out data; reply with summed statistics."""
 
-    def work() -> Message:
-        worker = _worker(unpack(message.content)[0])
-        instruction, arrays = unpack(message.content, worker.shapes)
-        student, teacher, lines = worker.evaluate(arrays, instruction.clients, _finished(instruction))
-        return Message(pack_reply({"student": student, "teacher": teacher}, lines), reply_to=message)
+    def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
+        arrays = unpack_student(message.content, worker.shapes)
+        student, teacher, lines = worker.evaluate(arrays, instruction.clients, finished)
+        return pack_reply({"student": student, "teacher": teacher}, lines)
 
-    return _safely(work)
+    return _answer(message, work)
+
+
+def _answer(message: Message, work: Callable[[Instruction, Worker, Finished], RecordDict]) -> Message:
+    def answer() -> Message:
+        instruction = unpack_instruction(message.content)
+        if _is_over(instruction):
+            raise PhaseOver
+        return Message(work(instruction, _worker(instruction), _finished(instruction)), reply_to=message)
+
+    return _safely(answer)
+
+
+class PhaseOver(Exception):
+    """Nobody waits for this answer any more."""
 
 
 class ClientFailed(RuntimeError):
@@ -80,14 +91,26 @@ def _worker(instruction: Instruction) -> Worker:
     return _resident[name]
 
 
-def _finished(instruction: Instruction) -> Callable[[], None]:
-    """Tells a progress display on the same machine that one more client is done."""
-    if not instruction.scoreboard:
-        return lambda: None
+def _is_over(instruction: Instruction) -> bool:
+    """Whether the server, on this machine, has taken its scoreboard away: enough others have answered."""
     board = Path(instruction.scoreboard)
+    return _is_near(instruction) and board.parent.is_dir() and not board.exists()
 
-    def mark() -> None:
-        with board.open("ab") as stream:
-            stream.write(b".")
 
-    return mark
+def _is_near(instruction: Instruction) -> bool:
+    """Whether there is a scoreboard on this machine: one seen through a shared folder may be out of date."""
+    return bool(instruction.scoreboard) and instruction.host == socket.gethostname()
+
+
+def _finished(instruction: Instruction) -> Finished:
+    """Tells a progress display on the same machine how many more clients are done."""
+
+    def mark(count: int) -> None:
+        with suppress(OSError):  # a board that is not here, or no longer: nobody looks
+            handle = os.open(instruction.scoreboard, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(handle, b"." * count)
+            finally:
+                os.close(handle)
+
+    return mark if _is_near(instruction) else lambda count: None

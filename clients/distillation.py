@@ -5,8 +5,7 @@ Knowledge distillation after Hinton et al. 2015 (https://arxiv.org/abs/1503.0253
     soft-weight * T^2 KL(teacher || student) + hard-weight * CE(label, student) + hidden-weight * d(hidden states)
 
 over the client's own training examples, in token-budget batches. For a task that predicts a score, KL and
-cross-entropy become squared errors. The three steps are `client_init`, `client_step` and `client_final`; a
-variant such as FedProx is another `client_step`.
+cross-entropy become squared errors. The three steps are `client_init`, `client_step` and `client_final`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from common.batches import token_budget_batches
 from common.config import Config
 from common.dataset import Split
 from common.device import Compute
-from common.fixed_point import encode
+from common.fixed_point import Rows
+from common.models import set_training
 from common.seeding import generator, seed_for
 
 LossParts = dict[str, Tensor]
@@ -31,10 +31,28 @@ LossParts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Student:
-    """The resident model and those of its weights that are trained, by name."""
+    """What stays in a process from client to client.
+
+    Attributes:
+        model: the student.
+        trained: those of its weights that are trained, by name.
+        optimizer: their AdamW.
+        updates: where the differences that training makes are put, by name.
+        words: name of the word embedding where it is trained, else empty.
+    """
 
     model: Any
     trained: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    updates: dict[str, Tensor]
+    words: str
+
+    @classmethod
+    def of(cls, model: Any, trained: dict[str, torch.nn.Parameter]) -> "Student":
+        table = model.get_input_embeddings().weight
+        words = next((name for name, parameter in trained.items() if parameter is table), "")
+        updates = {name: torch.empty_like(parameter) for name, parameter in trained.items() if name != words}
+        return cls(model, trained, torch.optim.AdamW(trained.values(), fused=True), updates, words)
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ class Recipe:
     hidden_loss: str
     hidden_pairs: tuple[tuple[int, int], ...]
     regression: bool
+    proximal: float = 0.0
 
 
 @dataclass
@@ -74,14 +93,17 @@ class ClientState:
     """What training needs and what it adds up.
 
     Attributes:
-        start: the round's global weights by name; the update is the difference to them.
+        trained: the weights under training by name.
+        start: what they were; the update is the difference.
+        vocabulary: (v,) ascending word pieces that the rows of the word embedding under training stand for.
         totals: (4,) summed loss and its soft, hard and hidden parts, weighted by examples.
         seen: examples passed so far, all epochs.
     """
 
     student: Student
+    trained: dict[str, torch.nn.Parameter]
     start: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
+    vocabulary: Tensor | None
     totals: Tensor
     seen: int = 0
 
@@ -91,12 +113,13 @@ class ClientUpdate:
     """A finished client's part of the sums.
 
     Attributes:
-        arrays: round(update * examples * 2^32) by parameter name.
+        arrays: the update, trained minus received weights, float32 by parameter name; of the word embedding
+            the rows of the client's own word pieces. They last until the next client.
         examples: the weight, the client's number of training examples.
         losses: mean loss, and its soft, hard and hidden parts.
     """
 
-    arrays: dict[str, NDArray[np.int64]]
+    arrays: dict[str, NDArray[np.float32] | Rows]
     examples: int
     losses: tuple[float, float, float, float] = field(default=(0.0, 0.0, 0.0, 0.0))
 
@@ -121,19 +144,38 @@ def make_recipe(
         hidden_loss=distill.hidden_loss,
         hidden_pairs=hidden_pairs,
         regression=regression,
+        proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
     )
 
 
-def client_init(student: Student, weights: dict[str, Tensor], recipe: Recipe) -> ClientState:
-    """Put the round's weights into the resident student, in place, with a fresh optimiser."""
-    parameters = list(student.trained.values())
+def client_init(
+    student: Student, weights: dict[str, Tensor], recipe: Recipe, vocabulary: NDArray[np.int64] | None = None
+) -> ClientState:
+    """Put the round's weights into the resident student and its optimiser back to its beginning, in place.
+
+    A word embedding under training is cut to the rows of ``vocabulary``: the others get no gradient, and most of
+    a model this small is rows of words that one client's text does not hold.
+    """
+    trained, start, pieces = student.trained, weights, None
+    if student.words and vocabulary is not None:
+        pieces = torch.from_numpy(vocabulary).to(weights[student.words].device)
+        start = {**weights, student.words: weights[student.words][pieces]}
+        trained = {**trained, student.words: torch.nn.Parameter(start[student.words].clone())}
+        student.model.get_input_embeddings().weight = trained[student.words]
+    optimizer = student.optimizer
+    for gone in set(optimizer.state) - set(trained.values()):
+        del optimizer.state[gone]
     with torch.no_grad():
-        for name, parameter in student.trained.items():
-            parameter.copy_(weights[name])
-    student.model.train()
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
+        for memory in optimizer.state.values():
+            for tensor in memory.values():
+                tensor.zero_()
+    optimizer.param_groups[0].update(params=list(trained.values()), lr=recipe.lr, weight_decay=recipe.weight_decay)
     optimizer.zero_grad(set_to_none=True)
-    return ClientState(student, weights, optimizer, torch.zeros(4, dtype=torch.float64, device=parameters[0].device))
+    set_training(student.model)
+    device = next(iter(weights.values())).device
+    return ClientState(student, trained, start, pieces, torch.zeros(4, dtype=torch.float64, device=device))
 
 
 def client_step(
@@ -154,8 +196,11 @@ def client_step(
         teacher: the model itself, needed only for a loss on hidden states.
     """
     deep = recipe.hidden_weight > 0
+    own = inputs
+    if state.vocabulary is not None:
+        own = {**inputs, "input_ids": torch.searchsorted(state.vocabulary, inputs["input_ids"])}
     with compute.autocast():
-        output = state.student.model(**inputs, output_hidden_states=deep)
+        output = state.student.model(**own, output_hidden_states=deep)
     parts = _label_losses(output.logits.float(), soft, hard, recipe)
     if deep:
         with torch.no_grad(), compute.autocast():
@@ -164,28 +209,45 @@ def client_step(
     loss = (
         recipe.soft_weight * parts["soft"] + recipe.hard_weight * parts["hard"] + recipe.hidden_weight * parts["hidden"]
     )
-    state.optimizer.zero_grad(set_to_none=True)
+    state.student.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if recipe.proximal > 0:
+        pull_back(state, recipe.proximal)
     if recipe.clip_norm > 0:
-        torch.nn.utils.clip_grad_norm_(list(state.student.trained.values()), recipe.clip_norm)
-    state.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
+    state.student.optimizer.step()
     size = len(soft)
     state.totals += torch.stack([loss, parts["soft"], parts["hard"], parts["hidden"]]).detach().double() * size
     state.seen += size
 
 
-def client_final(state: ClientState, examples: int) -> ClientUpdate:
-    """The update as integers.
+def pull_back(state: ClientState, mu: float) -> None:
+    """Add the gradient of mu/2 |w - w_round|^2, FedProx's pull (Li et al. 2020, https://arxiv.org/abs/1812.06127)."""
+    for name, parameter in state.trained.items():
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - state.start[name], alpha=mu)
 
-    Raises:
-        ValueError: training left NaN, Inf or a huge weight.
-    """
-    arrays = {}
-    for name, parameter in state.student.trained.items():
-        update = (parameter.detach() - state.start[name]).float().cpu().numpy()
-        arrays[name] = encode(update, examples)
+
+def client_final(state: ClientState, examples: int) -> ClientUpdate:
+    """The difference that training has made."""
+    student = state.student
+    arrays: dict[str, NDArray[np.float32] | Rows] = {}
+    with torch.no_grad():
+        for name, parameter in state.trained.items():
+            if name == student.words and state.vocabulary is not None:
+                rows = (parameter - state.start[name]).cpu().numpy()
+                arrays[name] = Rows(state.vocabulary.cpu().numpy(), rows)
+            else:
+                out = student.updates.get(name)
+                arrays[name] = torch.sub(parameter, state.start[name], out=out).cpu().numpy()
     loss, soft, hard, hidden = (state.totals / max(state.seen, 1)).tolist()
     return ClientUpdate(arrays, examples, (loss, soft, hard, hidden))
+
+
+def restore(student: Student) -> None:
+    """Put the whole word embedding back: scoring reads any word."""
+    if student.words:
+        student.model.get_input_embeddings().weight = student.trained[student.words]
 
 
 def distil(
@@ -206,7 +268,20 @@ def distil(
         teacher: the model, for a loss on hidden states.
     """
     torch.manual_seed(seed_for(seed, "dropout", *who))
-    state = client_init(student, weights, recipe)
+    data = shard.data
+    state = client_init(student, weights, recipe, data.tokens.vocabulary(shard.rows) if student.words else None)
+    try:
+        _train(state, shard, recipe=recipe, compute=compute, seed=seed, who=who, teacher=teacher)
+    finally:
+        restore(student)
+    return client_final(state, len(shard.rows))
+
+
+def _train(
+    state: ClientState, shard: TrainingShard, *, recipe: Recipe, compute: Compute, seed: int, who: tuple[int, int],
+    teacher: Any,
+) -> None:  # fmt: skip
+    """All epochs over one client's examples."""
     data, device = shard.data, compute.device
     lengths = data.tokens.lengths(shard.rows)
     targets = torch.from_numpy(shard.soft.copy())
@@ -218,7 +293,6 @@ def distil(
             inputs = {name: tensor.to(device) for name, tensor in data.tokens.batch(batch).items()}
             soft = targets[places].to(device)
             client_step(state, inputs, soft, hard, recipe=recipe, compute=compute, teacher=teacher)
-    return client_final(state, len(shard.rows))
 
 
 def _label_losses(logits: Tensor, soft: Tensor, hard: Tensor | None, recipe: Recipe) -> LossParts:

@@ -6,6 +6,7 @@ read and add rows at once and survives a kill. Outputs are float32 and computed 
 (`common.inference`), so a cold and a warm cache give the same bits.
 """
 
+import socket
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,8 +29,9 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, space: str, width: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # outputs on private text
         self.width = width
+        space = f"{space}-{socket.gethostname()}"  # WAL needs memory that all who use the file share
         with FileLock(folder / f"{space}.lock"):  # SQLite does not wait when two processes switch to WAL at once
             self.database = sqlite3.connect(folder / f"{space}.sqlite", timeout=WAIT_SECONDS, isolation_level=None)
             self.database.execute("PRAGMA journal_mode=WAL")

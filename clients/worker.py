@@ -5,7 +5,8 @@ leaves behind in the process (models, mapped data, cached outputs) saves time an
 """
 
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,29 @@ import torch
 from numpy.typing import NDArray
 
 from clients.distillation import ClientUpdate, Student, TrainingShard, distil, make_recipe
+from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
 from clients.teacher_cache import TeacherCache
+from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.fixed_point import NotFinite, add_into
+from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.inference import predict
 from common.metrics import statistics_length
 from common.models import choose_layers, cut_student, freeze_embeddings, load_teacher, pair_hidden_layers
+from common.seeding import generator
 from common.store import cache_folder
-from common.wire import NOT_FINITE, ClientLine
+from common.wire import NOT_FINITE, ClientLine, Instruction, own_update
 
 Sums = dict[str, NDArray[np.int64]]
-TEACH_AT_ONCE = 8  # clients whose examples share the teacher's blocks: small shards would leave most rows empty
+Groups = Mapping[str, Mapping[str, NDArray[Any] | Rows]]
+AT_ONCE = 256  # examples that share a frozen model's blocks: small shards alone would leave most rows empty
+
+
+Finished = Callable[[int], None]  # told how many more clients are done
+Scored = tuple[ClientLine, NDArray[np.int64], NDArray[np.int64]]  # and the student's and the teacher's statistics
 
 
 class ClientRefused(Exception):
@@ -63,7 +72,7 @@ class Worker:
         self.pairs = pair_hidden_layers(config.distill.hidden_layers, len(layers), have)
         self.teacher.to(self.compute.device)
         model = cut_student(self.teacher, layers, config.student.dropout).to(self.compute.device)
-        self.student = Student(model, freeze_embeddings(model, config.student.train_embeddings))
+        self.student = Student.of(model, freeze_embeddings(model, config.student.train_embeddings))
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher_folder)),
@@ -71,6 +80,7 @@ class Worker:
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher_folder), config.runtime.threads),
         }
+        self.feedback = cache / "error-feedback"
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 
     @property
@@ -78,72 +88,127 @@ class Worker:
         """The arrays a message must bring."""
         return {name: tuple(parameter.shape) for name, parameter in self.student.trained.items()}
 
-    def teach(self, clients: Sequence[int], finished: Callable[[], None]) -> list[ClientLine]:
+    def teach(self, clients: Sequence[int], finished: Finished) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""
         lines = []
-        for chunk in (clients[start : start + TEACH_AT_ONCE] for start in range(0, len(clients), TEACH_AT_ONCE)):
+        for chunk in self._together(clients, lambda client: len(self.data.shard(client))):
             began = time.perf_counter()
             shards = [self.data.shard(client) for client in chunk]
             self.teacher_logits(np.concatenate([part for shard in shards for part in (shard.train, shard.heldout)]))
             each = (time.perf_counter() - began) / len(chunk)
-            for client, shard in zip(chunk, shards, strict=True):
-                lines.append(ClientLine(client, len(shard), each))
-                finished()
+            lines += [ClientLine(client, len(shard), each) for client, shard in zip(chunk, shards, strict=True)]
+            finished(len(chunk))
         return lines
 
     def train(
-        self, arrays: dict[str, NDArray[np.float32]], round_number: int, clients: Sequence[int],
-        finished: Callable[[], None],
-    ) -> tuple[Sums, list[ClientLine]]:  # fmt: skip
-        """Distil on each client from the same weights and add the updates up.
+        self, arrays: dict[str, NDArray[np.float32]], instruction: Instruction, finished: Finished
+    ) -> tuple[Groups, list[ClientLine]]:
+        """Distil on each client from the same weights.
 
-        A client that fails is left out of the sum and says why in its line; the others go on.
+        A client that fails has no part in the result and says why in its line; the others go on.
+
+        Returns:
+            Groups of arrays to send: the sum of the updates, or each client's own where that is asked for.
         """
-        weights = {name: torch.from_numpy(array.copy()).to(self.compute.device) for name, array in arrays.items()}
-        total: Sums = {name: np.zeros(shape, dtype=np.int64) for name, shape in self.shapes.items()}
+        weights = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
+        total = ExactSum(self.shapes)
+        wire = wire_for(self.config.server, instruction.round, self.config.rounds)
+        packed = self.config.server.packing == "on"
+        groups: dict[str, dict[str, NDArray[Any]]] = {}
         lines = []
-        for client in clients:
+        for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began = time.perf_counter()
             try:
-                update = self._train_one(weights, round_number, client)
+                update = self._train_one(weights, instruction.round, client)
+                if packed:
+                    total.add(update.arrays, update.examples)
+                else:
+                    groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
                 lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
             else:
-                for name, part in update.arrays.items():
-                    add_into(total[name], part)
                 line = ClientLine(client, update.examples, time.perf_counter() - began)
                 loss, soft, hard, hidden = update.losses
                 lines.append(replace(line, loss=loss, soft_loss=soft, hard_loss=hard, hidden_loss=hidden))
-            finished()
-        return total, lines
+            finished(1)
+        return ({"update": total.compact} if packed else groups), lines
 
     def evaluate(
-        self, arrays: dict[str, NDArray[np.float32]], clients: Sequence[int], finished: Callable[[], None]
+        self, arrays: dict[str, NDArray[np.float32]], clients: Sequence[int], finished: Finished
     ) -> tuple[Sums, Sums, list[ClientLine]]:
         """Statistics of the student, and of the teacher, on the held-out rows of some clients."""
         with torch.no_grad():
             for name, parameter in self.student.trained.items():
-                parameter.copy_(torch.from_numpy(arrays[name].copy()))
+                parameter.copy_(_tensor(arrays[name]))
         length = statistics_length(self.spec)
-        total: dict[str, Sums] = {
-            who: {"statistics": np.zeros(length, dtype=np.int64)} for who in ("student", "teacher")
-        }
+        student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
         lines = []
-        for client in clients:
-            began = time.perf_counter()
-            rows = self.data.shard(client).heldout
+        for chunk in self._together(clients, lambda client: len(self.data.shard(client).heldout)):
             try:
-                logits = predict(self.student.model, self.data.train.tokens, rows, self.compute)
-                student, score = held_out_statistics(self.spec, self.data.train, rows, logits)
-                teacher, _ = held_out_statistics(self.spec, self.data.train, rows, self.teacher_logits(rows))
-            except Exception as error:
-                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
-            else:
-                add_into(total["student"]["statistics"], student)
-                add_into(total["teacher"]["statistics"], teacher)
-                lines.append(ClientLine(client, len(rows), time.perf_counter() - began, score=score))
-            finished()
-        return total["student"], total["teacher"], lines
+                parts = self._score(chunk)
+            except Exception:  # one of them fails: the others shall not
+                parts = [part for client in chunk for part in self._score_or_tell(client)]
+            for line, own, taught in parts:
+                lines.append(line)
+                if not line.problem:
+                    add_into(student, own)
+                    add_into(teacher, taught)
+            finished(len(chunk))
+        return {"statistics": student}, {"statistics": teacher}, lines
+
+    def _together(self, clients: Sequence[int], size: Callable[[int], int]) -> Iterator[list[int]]:
+        """The clients in their order, in lists of about `AT_ONCE` examples."""
+        chunk: list[int] = []
+        rows = 0
+        for client in clients:
+            chunk.append(client)
+            rows += size(client)
+            if rows >= AT_ONCE:
+                yield chunk
+                chunk, rows = [], 0
+        if chunk:
+            yield chunk
+
+    def _score(self, clients: Sequence[int]) -> list[Scored]:
+        """The clients' lines and statistics; a row's output does not depend on the company it is computed in."""
+        began = time.perf_counter()
+        shards = [self.data.shard(client).heldout for client in clients]
+        rows = np.concatenate(shards)
+        logits = predict(self.student.model, self.data.train.tokens, rows, self.compute)
+        soft = self.teacher_logits(rows)
+        found, start = [], 0
+        each = (time.perf_counter() - began) / len(clients)
+        for client, own in zip(clients, shards, strict=True):
+            mine = slice(start, start + len(own))
+            student, score = held_out_statistics(self.spec, self.data.train, own, logits[mine])
+            teacher, _ = held_out_statistics(self.spec, self.data.train, own, soft[mine])
+            found.append((ClientLine(client, len(own), each, score=score), student, teacher))
+            start += len(own)
+        return found
+
+    def _score_or_tell(self, client: int) -> list[Scored]:
+        try:
+            return self._score([client])
+        except Exception as error:
+            nothing = np.zeros(0, dtype=np.int64)
+            return [(ClientLine(client, 0, 0.0, problem=_kind(error)), nothing, nothing)]
+
+    def _compress(
+        self, update: ClientUpdate, instruction: Instruction, client: int, base: int, wire: Wire
+    ) -> dict[str, NDArray[Any]]:
+        """A client's own update as it travels; what it loses is kept for the client's next round."""
+        number = instruction.round
+        rng = generator(self.config.seed, "wire", number, client)
+        arrays = {
+            name: array.dense(self.shapes[name]) if isinstance(array, Rows) else array
+            for name, array in update.arrays.items()
+        }
+        if wire.kind == "fp32":  # as they are: copies, because the next client trains in the same place
+            return {name: part.copy() for name, part in compress(arrays, wire, rng).items()}
+        memory = ErrorFeedback(self.feedback / instruction.run, self.config.server.keep_checkpoints)
+        parts, residual = compress_with_feedback(arrays, memory.load(client, base, self.shapes), wire, rng)
+        memory.save(client, number, base, residual)
+        return parts
 
     def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
         rows = self.data.shard(client).train
@@ -169,8 +234,15 @@ class Worker:
         return self.outputs.outputs(np.asarray(self.data.train.keys[rows]), compute)
 
 
+def _tensor(array: NDArray[np.float32]) -> Any:
+    """The array as a tensor, for reading, in the same memory; torch would warn that it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
 def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingFeedback) else type(error).__name__

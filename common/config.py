@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,12 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Scalar = str | int | float | bool
+Strategy = Literal[
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum"
+]  # fmt: skip
+STRATEGIES = get_args(Strategy)
+ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
+ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
 
 
 def _kebab(name: str) -> str:
@@ -37,12 +43,18 @@ class DataKeys(_Section):
     source: str = Field("", description="empty: the hub's nyu-mll/glue; a folder laid out like it; a file for `text`")
     validation: str = Field("", description="for `text`: a file scored at the server; empty: part of the public split")
     clients: int = Field(0, ge=0, description="number of clients; 0: 10, or one per value for `natural`")
-    partition: Literal["auto", "iid", "dirichlet", "shards", "natural"] = Field(
+    partition: Literal["auto", "iid", "dirichlet", "shards", "zipf", "natural"] = Field(
         "auto",
-        description="how private text is cut; auto: dirichlet, but natural for `toy` when `data.clients` is 0",
+        description="how private text is cut: iid, dirichlet, shards (of labels), zipf (sizes) or natural (owners); "
+        "auto: dirichlet, but natural for `toy` when `data.clients` is 0",
     )
     partition_by: str = Field("", description="column whose values are the clients of `natural`")
-    alpha: float = Field(1.0, gt=0.0, le=1e6, description="Dirichlet concentration; small: skewed labels and sizes")
+    alpha: float = Field(
+        1.0,
+        gt=0.0,
+        le=1e6,
+        description="Dirichlet concentration, small: skewed labels and sizes; of `zipf`: sizes fall as 1 / rank^alpha",
+    )
     shards_per_client: int = Field(2, ge=1, description="label shards each client gets with `shards`")
     min_examples: int = Field(8, ge=2, description="a client with fewer private examples is left out, and said so")
     public_fraction: Fraction = Field(0.2, description="share of train that the teacher may see")
@@ -84,24 +96,80 @@ class ClientKeys(_Section):
     epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
     lr: Rate = Field(3e-4, description="AdamW learning rate in round 1")
     lr_decay: Literal["constant", "linear"] = Field("linear", description="over the rounds; linear: down to a tenth")
-    weight_decay: float = Field(0.01, ge=0.0, le=1.0, description="AdamW weight decay")
+    weight_decay: float = Field(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="AdamW weight decay; of trained word embeddings only the client's own words decay",
+    )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
+    proximal: Weight = Field(0.01, description="mu of `fedprox`: how strongly a client is held to the round's weights")
 
 
 class ServerKeys(_Section):
-    strategy: Literal["fedavg"] = Field("fedavg", description="how updates become the next student")
+    strategy: Strategy = Field("fedavg", description="how updates become the next student: " + ", ".join(STRATEGIES))
     cohort: int = Field(0, ge=0, description="clients per round; 0: all")
-    lr: Rate = Field(1.0, description="step along the mean update; 1: FedAvg")
+    lr: float = Field(
+        0.0,
+        ge=0.0,
+        le=10.0,
+        description="step along the mean update; 0: 1, but 0.01 for `fedadam`, `fedyogi` and `fedadagrad`",
+    )
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="of `fedavgm`; beta 1 of `fedadam` and `fedyogi`")
+    second_momentum: float = Field(0.99, ge=0.0, lt=1.0, description="beta 2 of `fedadam` and `fedyogi`")
+    tau: float = Field(
+        1e-3, gt=0.0, le=1.0, description="how adaptive `fedadam`, `fedyogi`, `fedadagrad` are; small: more"
+    )
+    byzantine: int = Field(
+        1, ge=0, description="hostile clients a round that `trimmed-mean`, `krum` and `multi-krum` bear"
+    )
+    norm_bound: float = Field(0.0, ge=0.0, description="scale each client's update down to this norm; 0: not")
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="a worker adds its clients' updates up before they travel; auto: where rule and wire allow it",
+    )
+    wire: Literal["fp32", "fp16", "int8", "topk", "svd"] = Field(
+        "fp32", description="how an update travels; all but fp32 lose something and make up for it in later rounds"
+    )
+    topk: float = Field(0.06, gt=0.0, le=1.0, description="share of an update's entries that `topk` keeps")
+    svd_energy_start: float = Field(
+        0.8, gt=0.0, le=1.0, description="share of an update's squares that `svd` keeps in round 1"
+    )
+    svd_energy_end: float = Field(0.95, gt=0.0, le=1.0, description="and in the last round; it rises in between")
+    over_select: float = Field(
+        1.0,
+        ge=1.0,
+        le=10.0,
+        description="ask this many times the cohort, keep the first; above 1 the bits depend on time",
+    )
     scores: Literal["final", "cohort", "all"] = Field(
         "final", description="who scores: the cohort each round (and everyone at the end: final), or all each round"
     )
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
     max_lost_fraction: Fraction = Field(0.5, description="the run fails when more of a cohort is lost")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+
+
+def _resolve_server(given: dict[str, Any]) -> dict[str, Any]:
+    """The server's keys with ``auto`` values put in."""
+    keys = dict(given)
+    if keys.get("lr", 0.0) == 0.0 and type(keys.get("lr", 0.0)) in (int, float):
+        keys["lr"] = 0.01 if keys.get("strategy") in ADAPTIVE else 1.0
+    if keys.get("packing", "auto") == "auto":
+        keys["packing"] = "off" if _needs_own_updates(keys) else "on"
+    return keys
+
+
+def _needs_own_updates(keys: dict[str, Any]) -> list[str]:
+    """Which of the server's keys need each client's own update."""
+    found = [f"strategy = {keys['strategy']!r}"] if keys.get("strategy") in ROBUST else []
+    found += [f"norm-bound = {keys['norm-bound']}"] if keys.get("norm-bound") else []
+    found += [f"wire = {keys['wire']!r}"] if keys.get("wire", "fp32") != "fp32" else []
+    return [f"server.{key}" for key in found]
 
 
 class RuntimeKeys(_Section):
@@ -142,7 +210,10 @@ class Config(_Section):
             data["partition-by"] = "domain"
         if data["partition"] != "natural" and not data.get("clients"):
             data["clients"] = 10
-        return {**values, "data": data}
+        server = values.get("server", {})
+        if isinstance(server, dict):
+            server = _resolve_server(server)
+        return {**values, "data": data, "server": server}
 
     @model_validator(mode="after")
     def _keys_that_need_each_other(self) -> "Config":
@@ -154,6 +225,12 @@ class Config(_Section):
             raise ValueError(
                 f"server.cohort = {self.server.cohort}: there are data.clients = {self.data.clients}; give at most that"
             )
+        if self.server.over_select > 1.0 and not self.server.cohort:
+            raise ValueError(
+                f"server.over-select = {self.server.over_select}: server.cohort = 0 asks everyone; give a cohort"
+            )
+        if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
+            raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         if self.task == "text" and not self.data.source:
@@ -186,15 +263,15 @@ def default_keys() -> dict[str, Scalar]:
     return found
 
 
-def load_config(path: Path | None = None, settings: Iterable[str] = ()) -> Config:
-    """Read a TOML file, lay ``key=value`` settings over it, check everything.
+def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Config | None = None) -> Config:
+    """Read a TOML file, lay ``key=value`` settings over it, check everything; what neither gives is the base's.
 
     Raises:
         InputError: naming the file or key, what was found and what would be right.
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, Any] = dict(base.flat()) if base is not None else {}
     if path is not None:
-        flat = _read_toml(path)
+        flat |= _read_toml(path)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():

@@ -17,7 +17,7 @@ from common.config import Config
 from common.corpus import Corpus, Table, load_corpus
 from common.errors import InputError
 from common.hashing import hash_files, hash_json
-from common.partition import Index, Shard, cut_clients, cut_groups, cut_holdout, text_groups
+from common.partition import Index, Shard, Shards, cut_clients, cut_groups, cut_holdout, text_groups
 from common.progress import Progress
 from common.seeding import generator
 from common.store import build_folder
@@ -58,8 +58,7 @@ class FederatedDataset:
         train: the whole train table; only its public rows may be shown to the teacher's fine-tuning.
         public: rows of ``train``.
         validation: public validation splits by name.
-        order, starts, cuts: client c's rows are ``order[starts[c]:starts[c + 1]]``, held-out from
-            ``cuts[c]`` on.
+        shards: every client's rows of ``train``.
     """
 
     key: str
@@ -67,18 +66,21 @@ class FederatedDataset:
     train: Split
     public: Index
     validation: dict[str, Split]
-    order: Index
-    starts: Index
-    cuts: Index
+    shards: Shards
 
     @property
     def clients(self) -> int:
-        return len(self.cuts)
+        return len(self.shards)
 
     @property
     def train_sizes(self) -> Index:
         """(clients,) examples each client trains on; 0 marks a client that is left out."""
-        return np.asarray(self.cuts - self.starts[:-1])
+        return self.shards.train_sizes
+
+    @property
+    def heldout_sizes(self) -> Index:
+        """(clients,) examples each client only scores."""
+        return self.shards.heldout_sizes
 
     @property
     def eligible(self) -> Index:
@@ -86,8 +88,7 @@ class FederatedDataset:
         return np.flatnonzero(self.train_sizes > 0)
 
     def shard(self, client: int) -> Shard:
-        start, cut, end = self.starts[client], self.cuts[client], self.starts[client + 1]
-        return Shard(np.asarray(self.order[start:cut]), np.asarray(self.order[cut:end]))
+        return self.shards[client]
 
 
 def prepare_dataset(config: Config, tokenizer_folder: Path, cache: Path, progress: Progress) -> FederatedDataset:
@@ -116,9 +117,15 @@ def open_dataset(cache: Path, key: str) -> FederatedDataset:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in meta["task"].items()}
     task = Task(**fields)
     splits = {name: _open_split(folder, name, meta) for name in ("train", *meta["validation"])}
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("public", "order", "starts", "cuts")}
-    validation = {name: splits[name] for name in meta["validation"]}
-    return FederatedDataset(key=key, task=task, train=splits["train"], validation=validation, **arrays)
+    public, *ranges = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("public", "order", "starts", "cuts"))
+    return FederatedDataset(
+        key=key,
+        task=task,
+        train=splits["train"],
+        public=public,
+        validation={name: splits[name] for name in meta["validation"]},
+        shards=Shards(*ranges),
+    )
 
 
 def tokenizer_hash(folder: Path) -> str:
@@ -144,14 +151,14 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     with progress.step("cut the data into clients", None):
         public, validation, shards = _cut(config, corpus)
     share = config.data.holdout_fraction
-    if share > 0 and not any(len(shard.heldout) for shard in shards):
+    if share > 0 and not shards.heldout_sizes.any():
         largest = int(np.unique(text_groups(corpus.train), return_counts=True)[1].max())
         raise InputError(
             f"data.holdout-fraction = {share}: no example can be held out, because examples that share "
             f"a text stay together and {largest} of {len(corpus.train)} do; give other data.text-columns, or 0"
         )
-    _save_shards(folder, shards)
-    np.save(folder / "public.npy", public)
+    for name, rows in (("public", public), ("order", shards.order), ("starts", shards.starts), ("cuts", shards.cuts)):
+        np.save(folder / f"{name}.npy", rows)
     tokenizer = load_tokenizer(tokenizer_folder)
     tables = {"train": corpus.train, **validation}
     with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
@@ -168,7 +175,7 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
 
 
-def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], list[Shard]]:
+def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], Shards]:
     """Public rows, public validation tables and every client's shard."""
     data, table = config.data, corpus.train
     groups = text_groups(table)
@@ -181,7 +188,7 @@ def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], list[
     shards = cut_holdout(
         cut_clients(table, private, data, config.seed), groups, data.holdout_fraction, data.min_examples, config.seed
     )
-    if not any(len(shard.train) for shard in shards):
+    if not shards.train_sizes.any():
         raise InputError(
             f"data.min-examples = {data.min_examples}: no client has that many of the {len(private)} private "
             "examples; give fewer clients or a smaller minimum"
@@ -203,14 +210,6 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files surface as many different kinds
         raise InputError(f"{folder}: no tokenizer loads from it ({type(error).__name__})") from None
-
-
-def _save_shards(folder: Path, shards: list[Shard]) -> None:
-    sizes = np.asarray([len(shard) for shard in shards], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    np.save(folder / "starts.npy", starts)
-    np.save(folder / "cuts.npy", starts[:-1] + np.asarray([len(shard.train) for shard in shards], dtype=np.int64))
-    np.save(folder / "order.npy", np.concatenate([np.concatenate([s.train, s.heldout]) for s in shards]))
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:

@@ -18,7 +18,8 @@ class Compute:
     @property
     def name(self) -> str:
         """Part of cache keys: results of different devices or precisions differ in their last bits."""
-        return f"{self.device.type}-{'bf16' if self.bf16 else 'fp32'}"
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return f"{where}-{'bf16' if self.bf16 else 'fp32'}"
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)

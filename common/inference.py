@@ -34,6 +34,7 @@ def predict(
 ) -> NDArray[np.float32]:
     """Logits of some rows, (len(rows), num_labels) float32, bit-identical for an example in any company."""
     model.eval()
+    model.set_attn_implementation("sdpa")  # training may have chosen another
     if not len(rows):
         return np.zeros((0, model.config.num_labels), dtype=np.float32)
     widths = padded_lengths(tokens.lengths(rows))

@@ -20,7 +20,7 @@ def cache_folder(configured: str = "") -> Path:
     chosen = configured or os.environ.get("FEDISTILL_CACHE", "")
     folder = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedistill"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"runtime.cache = {str(folder)!r}: {error.strerror}; give a folder that can be made") from None
     return folder.resolve()

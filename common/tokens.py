@@ -54,6 +54,11 @@ class Tokens:
             inputs["token_type_ids"] = (real & (place >= self.second[rows][:, None])).astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
+    def vocabulary(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ascending numbers of the pieces in some rows, and of all up to the padding's, which keeps its number."""
+        spans = [self.ids[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        return np.unique(np.concatenate([np.arange(self.pad + 1), *spans])).astype(np.int64)
+
     def save(self, folder: Path, name: str) -> None:
         for part in ("ids", "offsets", "second"):
             np.save(folder / f"{name}.{part}.npy", getattr(self, part))

@@ -7,13 +7,17 @@ compared with what is expected before its bytes are looked at.
 
 import io
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
+
+from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_EXAMPLES = 2**31 - 1  # of one client
@@ -29,21 +33,28 @@ class Instruction:
     """What a node is asked to do in one message.
 
     Attributes:
+        run: the run's id, 16 hexadecimal digits.
         round: the round, from 1; 0 for work before it.
         config: the run's keys as JSON (`Config.flat`).
         clients: ids of the clients this node works for.
+        feedback: for each of them the round of its last accepted update, where its error feedback stands; 0: none.
         teacher: folder of the teacher, and the hash of its weights.
         dataset: key of the prepared dataset.
-        scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty.
+        scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
+            its folder is there and the file is not, nobody waits for the answer any more.
+        host: the machine on which the scoreboard lies; no other looks for it.
     """
 
+    run: str
     round: int
     config: str
     clients: tuple[int, ...]
+    feedback: tuple[int, ...]
     teacher: str
     teacher_hash: str
     dataset: str
     scoreboard: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,44 +81,112 @@ class ClientLine:
     problem: str = ""
 
 
-def pack(instruction: Instruction, arrays: Mapping[str, NDArray[Any]]) -> RecordDict:
+def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Arrays as they travel; several messages may share one record."""
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(asdict(instruction))})})
-    if arrays:
-        content["student"] = _record(arrays)
+    if student is not None:
+        content["student"] = student
     return content
 
 
-def unpack(content: RecordDict, shapes: Shapes | None = None) -> tuple[Instruction, dict[str, NDArray[Any]]]:
-    """The instruction and, where ``shapes`` are given, the student's float32 arrays."""
+def unpack_instruction(content: RecordDict) -> Instruction:
+    """Raises `WireError` when there is none, or its clients and their feedback do not fit together."""
     raw = json.loads(_config_text(content, "instruction"))
-    instruction = Instruction(**{**raw, "clients": tuple(int(client) for client in raw["clients"])})
-    return instruction, {} if shapes is None else _arrays(content, "student", shapes, np.dtype(np.float32))
+    rows = {name: tuple(int(number) for number in raw[name]) for name in ("clients", "feedback")}
+    instruction = Instruction(**{**raw, **rows})
+    if len(instruction.clients) != len(instruction.feedback):
+        raise WireError("instruction: not one round of feedback for each client")
+    if not re.fullmatch("[0-9a-f]{16}", instruction.run):  # it names a folder
+        raise WireError("instruction: the run's id is not 16 hexadecimal digits")
+    return instruction
 
 
-def pack_reply(sums: Mapping[str, Mapping[str, NDArray[np.int64]]], lines: list[ClientLine]) -> RecordDict:
-    """Content of a node's reply: named groups of int64 sums, and a line per client."""
+def unpack_student(content: RecordDict, shapes: Shapes) -> dict[str, NDArray[Any]]:
+    """The student's float32 arrays."""
+    return _arrays(content, "student", shapes, np.dtype(np.float32))
+
+
+def pack_reply(groups: Mapping[str, Mapping[str, NDArray[Any] | Rows]], lines: list[ClientLine]) -> RecordDict:
+    """Content of a node's reply: named groups of arrays, and a line per client.
+
+    Of an array that is zero but for some rows these rows travel, and their numbers as ``NAME|rows``.
+    """
     content = RecordDict({"clients": ConfigRecord({"json": json.dumps([asdict(line) for line in lines])})})
-    for name, arrays in sums.items():
-        content[name] = _record(arrays)
+    for group, arrays in groups.items():
+        plain: dict[str, NDArray[Any]] = {}
+        for name, array in arrays.items():
+            if isinstance(array, Rows):
+                plain[f"{name}|rows"] = array.index
+                plain[name] = array.values
+            else:
+                plain[name] = array
+        content[group] = pack_arrays(plain)
     return content
 
 
-def unpack_reply(
-    content: RecordDict, expected: Mapping[str, Shapes], clients: frozenset[int]
-) -> tuple[dict[str, dict[str, NDArray[np.int64]]], list[ClientLine]]:
-    """Check a reply against what was asked for and decode it.
+def unpack_lines(content: RecordDict, clients: frozenset[int]) -> list[ClientLine]:
+    """The line of each client that was asked. Raises `WireError` for any other, and for impossible numbers."""
+    return _client_lines(_config_text(content, "clients"), clients)
+
+
+def unpack_sums(content: RecordDict, expected: Mapping[str, Shapes]) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """A reply's groups of int64 sums.
 
     Raises:
-        WireError: a record is missing, an array has the wrong key, kind, dtype, shape or size, or a line
-            names a client that was not asked or holds an impossible number.
+        WireError: a record is missing or not expected, an array has the wrong key, kind, dtype, shape or size.
     """
-    extra = set(content) - set(expected) - {"clients"}
+    _only(content, set(expected))
+    return {name: _arrays(content, name, shapes, np.dtype(np.int64)) for name, shapes in expected.items()}
+
+
+def unpack_update(content: RecordDict, shapes: Shapes) -> dict[str, NDArray[np.int64] | Rows]:
+    """The sum of a node's updates, int64: whole arrays, or some of their rows. Raises `WireError` as `unpack_sums`."""
+    _only(content, {"update"})
+    record = content.get("update")
+    if not isinstance(record, ArrayRecord):
+        raise WireError("record 'update': not there or no arrays")
+    index = {
+        name: _row_numbers(record[f"{name}|rows"], f"update/{name}|rows", shape)
+        for name, shape in shapes.items()
+        if f"{name}|rows" in record
+    }
+    some = {f"{name}|rows": rows.shape for name, rows in index.items()}
+    whole = {name: (len(index[name]), *shape[1:]) if name in index else shape for name, shape in shapes.items()}
+    arrays = _arrays(content, "update", {**whole, **some}, np.dtype(np.int64))
+    return {name: Rows(index[name], arrays[name]) if name in index else arrays[name] for name in shapes}
+
+
+def own_update(client: int) -> str:
+    """Name of the record that holds one client's own update."""
+    return f"update-{client}"
+
+
+def unpack_own_update(content: RecordDict, client: int) -> dict[str, NDArray[Any]]:
+    """The arrays of one client's own update, of whatever kind and shape they say, no larger than what came.
+
+    Raises:
+        WireError: the record is not there, or holds something that is no plain array.
+    """
+    record = content.get(own_update(client))
+    if not isinstance(record, ArrayRecord):
+        raise WireError(f"record {own_update(client)!r}: not there or no arrays")
+    return {name: _decode_any(array, f"{own_update(client)}/{_printable(name)}") for name, array in record.items()}
+
+
+def only_updates_of(content: RecordDict, clients: Iterable[int]) -> None:
+    """Raise `WireError` when a reply holds records besides these clients' own updates."""
+    _only(content, {own_update(client) for client in clients})
+
+
+def _only(content: RecordDict, expected: set[str]) -> None:
+    extra = set(content) - expected - {"clients"}
     if extra:
         raise WireError(f"unexpected records: {len(extra)}")
-    lines = _client_lines(_config_text(content, "clients"), clients)
-    dtype = np.dtype(np.int64)
-    return {name: _arrays(content, name, shapes, dtype) for name, shapes in expected.items()}, lines
 
 
 def message_bytes(message: Message) -> int:
@@ -122,10 +201,6 @@ def message_bytes(message: Message) -> int:
             else:
                 total += len(value) if isinstance(value, str | bytes) else 8
     return total
-
-
-def _record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def _config_text(content: RecordDict, name: str) -> str:
@@ -146,31 +221,72 @@ def _arrays(content: RecordDict, name: str, shapes: Shapes, dtype: np.dtype[Any]
     return {key: _decode(record[key], f"{name}/{key}", shapes[key], dtype) for key in shapes}
 
 
+def _row_numbers(array: Array, where: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Ascending numbers of rows that an array of this shape has."""
+    rows = _decode_any(array, where)
+    if rows.dtype != np.int64 or rows.ndim != 1 or not shape or len(rows) > shape[0]:
+        raise WireError(f"{where}: not a list of at most {shape[0] if shape else 0} row numbers")
+    if len(rows) and (rows[0] < 0 or rows[-1] >= shape[0] or (np.diff(rows) <= 0).any()):
+        raise WireError(f"{where}: not ascending numbers from 0 to {shape[0] - 1}")
+    return rows
+
+
 def _decode(array: Array, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The array behind ``np.save`` bytes; the header is read and compared before memory is asked for."""
     size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if array.stype != "numpy.ndarray" or len(array.data) > size + 1024:
         raise WireError(f"{where}: {len(array.data)} bytes of kind {str(array.stype)[:20]!r}; expected about {size}")
-    stream = io.BytesIO(array.data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise WireError(f"{where}: array format {version}; expected (1, 0)")
-        found_shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
-    except WireError:
-        raise
-    except Exception as error:  # a hostile header can raise anything
-        raise WireError(f"{where}: no readable array header ({type(error).__name__})") from None
-    if found != dtype or tuple(found_shape) != tuple(shape) or fortran:
+    found_shape, fortran, found, start = _header(array.data, where)
+    if found != dtype or found_shape != tuple(shape) or fortran:
         # numbers of a hostile header can be too long to print
         claimed = found_shape[:4] if all(abs(size) < 2**63 for size in found_shape) else "beyond 64 bits"
         order = "Fortran" if fortran else "C"
         raise WireError(
             f"{where}: {found.str} of shape {claimed} in {order} order; expected {dtype.str} of shape {tuple(shape)}"
         )
-    if len(array.data) - stream.tell() != size:
-        raise WireError(f"{where}: {len(array.data) - stream.tell()} bytes of data; expected {size}")
-    return np.frombuffer(array.data, dtype=dtype, offset=stream.tell()).reshape(shape)
+    if len(array.data) - start != size:
+        raise WireError(f"{where}: {len(array.data) - start} bytes of data; expected {size}")
+    return np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape)
+
+
+def _decode_any(array: Array, where: str) -> NDArray[Any]:
+    """An array of numbers whose shape is not known beforehand: it must fit the bytes that came."""
+    if array.stype != "numpy.ndarray":
+        raise WireError(f"{where}: {len(array.data)} bytes of kind {str(array.stype)[:20]!r}")
+    shape, fortran, dtype, start = _header(array.data, where)
+    count = math.prod(shape)  # Python's own integers: a hostile shape must not wrap around
+    whole = (
+        all(type(size) is int and size >= 0 for size in shape)
+        and len(shape) <= 4
+        and dtype.kind in "iuf"
+        and not fortran
+    )
+    if not whole or count * dtype.itemsize != len(array.data) - start:
+        raise WireError(f"{where}: the header does not describe the {len(array.data) - start} bytes of data")
+    try:
+        return np.frombuffer(array.data, dtype=dtype, offset=start, count=count).reshape(shape)
+    except ValueError:  # an empty array may claim any other size
+        raise WireError(f"{where}: a shape that no array has") from None
+
+
+def _printable(name: str) -> str:
+    """A name that somebody else has chosen, fit for a message."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
+
+
+def _header(data: bytes, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, Fortran order, dtype and where the data start."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise WireError(f"{where}: array format {version}; expected (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except WireError:
+        raise
+    except Exception as error:  # a hostile header can raise anything
+        raise WireError(f"{where}: no readable array header ({type(error).__name__})") from None
+    return tuple(shape), fortran, dtype, stream.tell()
 
 
 def _client_lines(text: str, clients: frozenset[int]) -> list[ClientLine]:

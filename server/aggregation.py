@@ -1,28 +1,29 @@
 """Adding up what nodes return, one reply at a time.
 
-FedAvg (McMahan et al. 2017, https://arxiv.org/abs/1602.05629) in its update form,
-
-    w <- w + server.lr * sum_c n_c (w_c - w) / sum_c n_c,
-
-with the sum held as integers (`common.fixed_point`): the same bits for any order and grouping of replies,
-and memory of one model however many clients reply.
+The sum that FedAvg takes the mean of, sum_c n_c (w_c - w), is held as integers (`common.fixed_point`): the same
+bits for any order and grouping of replies, and memory of one model however many clients reply.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.fixed_point import LIMIT, mean, overflows
+from common.fixed_point import LIMIT, Rows, largest_of
 from common.wire import ClientLine
 
-Sums = Mapping[str, NDArray[np.int64]]
+Sums = Mapping[str, NDArray[np.int64] | Rows]
 
 
 class Rejected(ValueError):
     """A reply that must not enter the sum; the message says why."""
+
+
+def check_count(line: ClientLine, sizes: Mapping[int, int]) -> None:
+    """Raise `Rejected` unless a client counts the examples it is known to have: a count is a weight."""
+    if line.examples <= 0 or line.examples != sizes[line.client]:
+        raise Rejected(f"client {line.client} counts {line.examples} examples; it has {sizes[line.client]}")
 
 
 @dataclass
@@ -33,11 +34,13 @@ class RunningSum:
         totals: int64 arrays by name.
         weight: examples behind ``totals``.
         lines: accounting of the clients in the sum.
+        bound: for each array a number that none of its totals can exceed.
     """
 
     totals: dict[str, NDArray[np.int64]]
     weight: int = 0
     lines: list[ClientLine] = field(default_factory=list)
+    bound: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, shapes: Mapping[str, tuple[int, ...]]) -> "RunningSum":
@@ -55,25 +58,22 @@ class RunningSum:
         """
         accepted = [line for line in lines if not line.problem]
         for line in accepted:
-            if line.examples <= 0 or line.examples != sizes[line.client]:
-                raise Rejected(f"client {line.client} counts {line.examples} examples; it has {sizes[line.client]}")
+            check_count(line, sizes)
         if not accepted:
             return
-        for name, total in self.totals.items():  # all before the first: a refused reply leaves no trace
-            if np.abs(part[name].astype(np.float64)).max(initial=0.0) >= LIMIT or overflows(total, part[name]):
+        bound = dict(self.bound)
+        for name in self.totals:  # all before the first: a refused reply leaves no trace
+            some = part[name]
+            largest = largest_of(some.values if isinstance(some, Rows) else some)
+            bound[name] = bound.get(name, 0) + largest
+            if largest >= LIMIT or bound[name] >= 2**63:
                 raise Rejected(f"{name}: a value is too large to add up")
+        self.bound = bound
         for name, total in self.totals.items():
-            np.add(total, part[name], out=total)
+            some = part[name]
+            if isinstance(some, Rows):
+                total[some.index] += some.values
+            else:
+                np.add(total, some, out=total)
         self.weight += sum(line.examples for line in accepted)
         self.lines.extend(accepted)
-
-
-def fedavg(weights: Mapping[str, NDArray[Any]], total: RunningSum, server_lr: float) -> dict[str, NDArray[np.float32]]:
-    """The next round's weights. Raises ValueError when nobody is in the sum."""
-    return {
-        name: (weight.astype(np.float64) + server_lr * mean(total.totals[name], total.weight)).astype(np.float32)
-        for name, weight in weights.items()
-    }
-
-
-SERVER_RULES = {"fedavg": fedavg}

@@ -1,28 +1,47 @@
-"""One exchange with the nodes: messages out, replies checked and folded in one by one, losses noted.
+"""One exchange with the nodes: messages out, replies checked and folded in one by one, losses retried and noted.
 
-A reply that fails a check is refused, counted and named; the others go on.
+A reply that fails a check is refused, counted and named; the others go on. Clients that are lost get another chance
+on another node, in smaller company each time, until those to blame are alone; they travel alone from then on. A node
+that answers nothing in two phases in a row gets no more work.
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from common.errors import Interrupted, RunFailed
 from common.progress import Progress, Step
-from common.wire import NOT_FINITE, ClientLine, Instruction, Shapes, message_bytes, pack, unpack_reply
-from server.assignment import assign
+from common.store import cache_folder
+from common.wire import ClientLine, Instruction, message_bytes, pack, pack_arrays
+from server.assignment import FIXED_EXAMPLES, assign
+from server.phase import Phase
 from server.preparation import Federation
 
+NAMES = {"query.teach": "teacher outputs", "train": "train", "evaluate": "score"}  # of the kinds of message, on screen
 POLL_SECONDS = 0.1
-Fold = Callable[[dict[str, dict[str, Any]], list[ClientLine]], None]
+MISSES = 2  # phases in a row without any answer that make a node dead
+RETRY_MESSAGES = 16  # lost clients travel in ever smaller lists, until one that kills its worker is alone in its own
+CHANCES = 2  # of a client that is alone to blame
+IDLE_WAVES = 2  # without any answer, and nobody is tried again
+TOLD = 10  # lost clients that are named one by one
+# checks a reply's content and folds it in: its lines, and clients whose own update is refused; ValueError: all of it
+Take = Callable[[RecordDict, frozenset[int]], tuple[list[ClientLine], dict[int, str]]]
+
+
+class Sent(NamedTuple):
+    """A message that has no answer yet, and whom it asks."""
+
+    message: Message
+    node: int
+    clients: tuple[int, ...]
 
 
 class StreamingGrid:
@@ -30,6 +49,7 @@ class StreamingGrid:
 
     def __init__(self, grid: Grid, tick: Callable[[], None]) -> None:
         self.grid, self.tick = grid, tick
+        self.abandoned: set[str] = set()  # not waited for any more; Flower would keep their replies for ever
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.grid.get_node_ids())
@@ -37,177 +57,285 @@ class StreamingGrid:
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Push messages and yield each reply when it arrives, until all are in or time is up."""
         waiting = set(self.grid.push_messages(list(messages)))
-        end = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        while waiting and time.monotonic() < end:
-            self.tick()
-            for reply in self.grid.pull_messages(waiting):
-                # matched by the message it answers: an error for a dead node comes from nobody's node id
-                if reply.metadata.reply_to_message_id in waiting:
-                    waiting.discard(reply.metadata.reply_to_message_id)
-                    yield reply
-            if waiting:
-                time.sleep(POLL_SECONDS)
-
-
-@dataclass
-class Phase:
-    """What was asked of whom, what came back, what was lost.
-
-    Attributes:
-        sent: each message and the clients it names.
-        answered: clients whose node replied, in whatever way.
-        failed, rejected: client id and reason.
-    """
-
-    name: str
-    round: int
-    clients: tuple[int, ...]
-    sent: list[tuple[Message, tuple[int, ...]]]
-    display: AbstractContextManager[Step]
-    step: Step
-    began: float = field(default_factory=time.monotonic)
-    shown: int = 0
-    answered: set[int] = field(default_factory=set)
-    failed: dict[int, str] = field(default_factory=dict)
-    rejected: dict[int, str] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    @property
-    def late(self) -> list[int]:
-        return sorted(set(self.clients) - self.answered)
-
-    @property
-    def lost(self) -> int:
-        return len(self.failed) + len(self.rejected) + len(self.late)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def losses(self) -> list[tuple[int, str]]:
-        """Client id and what happened, for each client that is not in the sum."""
-        named = [(client, f"failed: {reason}") for client, reason in self.failed.items()]
-        named += [(client, f"rejected: {reason}") for client, reason in self.rejected.items()]
-        return sorted(named + [(client, "late: no reply in time") for client in self.late])
-
-    def accounting(self) -> dict[str, Any]:
-        """The part of a metrics line that every phase has."""
-        return {
-            "seconds": self.seconds,
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "failed": sorted(self.failed),
-            "rejected": sorted(self.rejected),
-            "late": self.late,
-        }
+        began = time.monotonic()
+        end = began + (timeout if timeout is not None else float("inf"))
+        try:
+            while waiting and time.monotonic() < end:
+                self.tick()
+                for reply in self.grid.pull_messages(waiting | self.abandoned):
+                    # matched by the message it answers: an error for a dead node comes from nobody's node id
+                    answered = reply.metadata.reply_to_message_id
+                    self.abandoned.discard(answered)
+                    if answered in waiting:
+                        waiting.discard(answered)
+                        yield reply
+                if waiting:  # a short phase is asked often, a long one rarely
+                    time.sleep(min(POLL_SECONDS, max(0.005, 0.02 * (time.monotonic() - began))))
+        finally:
+            self.abandoned |= waiting
 
 
 class Exchange:
     """Sends phases to the nodes of a run and collects them; at most one is open at a time.
 
     Args:
-        scoreboard: a file to which workers on this machine add a byte per finished client.
+        run: the run's id.
+        folder: where the files lie to which workers on this machine add a byte per finished client.
         stopped: asked ten times a second; True raises `Interrupted`.
+        on_hang: called when nodes have not answered in time; the runtime may end and replace them.
     """
 
     def __init__(
-        self, federation: Federation, scoreboard: Path, progress: Progress, stopped: Callable[[], bool]
+        self,
+        federation: Federation,
+        run: str,
+        folder: Path,
+        progress: Progress,
+        *,
+        stopped: Callable[[], bool],
+        on_hang: Callable[[], None],
     ) -> None:
         self.federation, self.config, self.data = federation, federation.config, federation.data
-        self.scoreboard, self.progress, self.stopped = scoreboard, progress, stopped
+        self.run, self.folder, self.progress, self.stopped, self.on_hang = run, folder, progress, stopped, on_hang
         self.sizes = {int(client): int(self.data.train_sizes[client]) for client in self.data.eligible}
+        self.feedback: dict[int, int] = {}  # client -> round of its last accepted lossy update
+        self.speeds: dict[int, float] = {}
+        self.misses: dict[int, int] = {}
+        self.suspects: set[tuple[str, int]] = set()  # kind of message and client: lost when it was last tried
         self.phase: Phase | None = None
+        self._student: ArrayRecord | None = None
+        self._sent: list[Sent] = []
+        self._again: dict[int, bool] = {}  # clients to be tried again, and whether they may be to blame
+        self._failing: set[int] = set()  # nodes that have lost a message of the open phase
+        self._display: AbstractContextManager[Step] | None = None
+        self._step: Step | None = None
+        self._shown = 0
 
     def wait_for_nodes(self, grid: StreamingGrid, count: int) -> None:
         """Return when that many nodes are there; Flower itself would start with the first."""
         end = time.monotonic() + self.config.server.round_timeout
-        while len(grid.get_node_ids()) < count:
-            self.tick()
-            if time.monotonic() > end:
-                raise RunFailed(f"{len(grid.get_node_ids())} nodes came; the run waits for {count}")
-            time.sleep(POLL_SECONDS)
+        with self.progress.step("wait for the workers", count) as step:
+            found = 0
+            while found < count:
+                self.tick()
+                step.advance(len(grid.get_node_ids()) - found)
+                found = len(grid.get_node_ids())
+                if found < count and time.monotonic() > end:
+                    raise RunFailed(f"{found} nodes came; the run waits for {count}")
+                time.sleep(POLL_SECONDS if found < count else 0)
 
     def open(
         self,
-        name: str,
         kind: str,
         round_number: int,
         clients: Sequence[int],
         *,
-        nodes: Iterable[int],
+        grid: Any,
         arrays: Mapping[str, NDArray[Any]],
         info: str,
+        goal: int | None = None,
     ) -> list[Message]:
-        """The messages of a phase, one per node, with its progress step on show."""
-        self.scoreboard.write_bytes(b"")
-        sent = []
-        for node, chosen in assign(clients, self.sizes, list(nodes)).items():
-            content = pack(self._instruction(round_number, chosen), arrays)
-            sent.append((Message(content, dst_node_id=node, message_type=kind), chosen))
-        display = self.progress.step(f"round {round_number}/{self.config.rounds} {name}", len(clients))
-        self.phase = Phase(name, round_number, tuple(clients), sent, display, display.__enter__())
-        self.phase.step.info(info)
-        self.phase.bytes_down = sum(message_bytes(message) for message, _ in sent)
-        return [message for message, _ in sent]
+        """The messages of a phase, with its progress step on show.
 
-    def collect(self, replies: Iterable[Message], expected: Mapping[str, Shapes], fold: Fold) -> Phase:
-        """Check each reply of the open phase as it comes, fold it in, close the phase."""
+        One message per node; one per client when only the first ``goal`` clients are waited for.
+        """
+        self.phase = Phase(kind, round_number, tuple(clients), len(clients) if goal is None else goal)
+        self._student = pack_arrays(arrays) if arrays else None
+        self._shown = 0
+        self._failing = set()
+        self._scoreboard.write_bytes(b"")
+        self._display = self.progress.step(f"round {round_number}/{self.config.rounds} {NAMES[kind]}", self.phase.goal)
+        self._step = self._display.__enter__()
+        self._step.info(info)
+        lists = assign(clients, self.sizes, self._alive(grid), self.speeds)
+        single = self.phase.goal < len(clients)
+        return self._messages(
+            [(node, part) for node, chosen in lists.items() for part in self._parts(kind, chosen, single=single)]
+        )
+
+    def collect(self, grid: Any, replies: Iterable[Message], take: Take) -> Phase:
+        """Check each reply of the open phase as it comes and fold it in, retry what was lost, close the phase."""
         phase = self.phase
         assert phase is not None
-        for reply in replies:
-            asked = {message.metadata.message_id: clients for message, clients in phase.sent}
-            clients = asked[reply.metadata.reply_to_message_id]
-            phase.answered.update(clients)
-            if reply.has_error():
-                phase.failed.update(dict.fromkeys(clients, _reason(reply)))
-                continue
-            phase.bytes_up += message_bytes(reply)
-            try:
-                sums, lines = unpack_reply(reply.content, expected, frozenset(clients))
-                fold(sums, lines)
-            except ValueError as error:
-                phase.rejected.update(dict.fromkeys(clients, str(error)))
-                continue
-            for line in lines:
-                if line.problem:
-                    (phase.rejected if line.problem == NOT_FINITE else phase.failed)[line.client] = line.problem
+        self._again, idle = {}, 0
+        size = len(phase.clients)
+        self._take_all(replies, take)
+        while self._again and not phase.reached and idle < IDLE_WAVES:
+            before = len(phase.accepted)
+            self._tell(phase)
+            size = max(min(size // 2, -(-len(self._again) // RETRY_MESSAGES)), 1)
+            again = self._second_chance(phase, grid, size)
+            self._take_all(grid.send_and_receive(again, timeout=self.config.server.round_timeout), take)
+            idle = 0 if len(phase.accepted) > before else idle + 1
+        for node in self._failing:  # one that answers other messages is well: a client is to blame
+            self.misses[node] = self.misses.get(node, 0) + 1
+        self.misses.update(dict.fromkeys(phase.busy, 0))
+        phase.ended = time.monotonic()
         self.close()
         for client, what in phase.losses():
             self.progress.line(f"round {phase.round}: client {client} {what}")
         return phase
 
     def close(self) -> None:
-        """Take the open phase off the screen."""
+        """Take the open phase off the screen; a worker that is still at it sees that nobody waits any more."""
+        if self._display is not None:
+            self._display.__exit__(None, None, None)
+            self._display = self._step = None
         if self.phase is not None:
-            self.phase.display.__exit__(None, None, None)
+            self._scoreboard.unlink(missing_ok=True)
             self.phase = None
-        self.scoreboard.unlink(missing_ok=True)
 
     def tick(self) -> None:
         """Called while waiting: notice a stop, move the bar."""
         if self.stopped():
             raise Interrupted
-        if self.phase is not None and self.scoreboard.exists():
-            done = self.scoreboard.stat().st_size
-            if done > self.phase.shown:
-                self.phase.step.advance(done - self.phase.shown)
-                self.phase.shown = done
+        if self._step is not None and self.phase is not None and self._scoreboard.exists():
+            done = min(self._scoreboard.stat().st_size, self.phase.goal)  # who is tried again is done twice
+            if done > self._shown:
+                self._step.advance(done - self._shown)
+                self._shown = done
+
+    # --- one wave of messages -------------------------------------------------------------------
+
+    def _take_all(self, replies: Iterable[Message], take: Take) -> None:
+        phase = self.phase
+        assert phase is not None
+        for reply in replies:
+            answered = reply.metadata.reply_to_message_id  # known to a message only once it has been pushed
+            asked = next((one for one in self._sent if one.message.metadata.message_id == answered), None)
+            if asked is not None:  # else a second answer to the same question
+                self._sent.remove(asked)
+                self._take(reply, asked.node, asked.clients, take)
+            if phase.reached:
+                return
+        hanging = set()
+        for unanswered in self._sent:  # the first of a node hangs; the others wait behind it
+            self._lose(unanswered.clients, blamed=unanswered.node not in hanging)
+            hanging.add(unanswered.node)
+            phase.give_up(unanswered.clients)
+        self._failing |= hanging
+        if self._sent:
+            self.on_hang()
+
+    def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
+        phase = self.phase
+        assert phase is not None
+        if reply.has_error():
+            self._failing.add(node)
+            self._lose(clients, blamed=True)
+            phase.fail(clients, _reason(reply))
+            return
+        phase.bytes_up += message_bytes(reply)
+        try:
+            lines, refused = take(reply.content, frozenset(clients))
+        except ValueError as error:
+            self._lose(clients, blamed=True)
+            phase.reject(clients, str(error))
+            return
+        self.suspects.difference_update((phase.kind, client) for client in clients)
+        phase.accept(node, lines, refused)
+        for client in set(clients) - phase.accepted:  # it was not its company
+            if len(phase.tried[client]) < CHANCES:
+                self._again[client] = True
+        if phase.kind == "train":
+            self._note_speed(node, lines)
+
+    def _lose(self, clients: Sequence[int], *, blamed: bool) -> None:
+        """A message is lost: who is alone in it, and to blame, has had this chance; the others get another."""
+        phase = self.phase
+        assert phase is not None
+        if blamed:
+            self.suspects.update((phase.kind, client) for client in clients)
+        for client in clients:
+            if not blamed or len(clients) > 1 or len(phase.tried[client]) < CHANCES:
+                self._again[client] = blamed
+
+    def _second_chance(self, phase: Phase, grid: Any, size: int) -> list[Message]:
+        """Messages for lost clients in lists of this size, to other nodes where there are any.
+
+        Whoever only waited behind another goes first, and never beside one that may be to blame again.
+        """
+        alive, again, self._again = self._alive(grid), self._again, {}
+        load = dict.fromkeys(alive, 0)
+        lists: dict[tuple[bool, int], list[int]] = {}
+        for client in sorted(again):
+            others = [node for node in alive if node not in phase.tried[client]] or alive
+            node = min(others, key=lambda one: load[one])
+            load[node] += self.sizes[client] + FIXED_EXAMPLES
+            lists.setdefault((again[client], node), []).append(client)
+        ordered = sorted(lists.items(), key=lambda one: one[0])
+        return self._messages([(node, part) for (_, node), chosen in ordered for part in _split(chosen, size)])
+
+    def _tell(self, phase: Phase) -> None:
+        """Say who is tried again; of many, some."""
+        lost = [(client, what) for client, what in phase.losses() if client in self._again]
+        for client, what in lost[:TOLD]:
+            self.progress.line(f"round {phase.round}: client {client} {what}; tried again")
+        if len(lost) > TOLD:
+            self.progress.line(f"round {phase.round}: {len(lost) - TOLD} more clients are tried again")
+
+    def _messages(self, lists: Sequence[tuple[int, Sequence[int]]]) -> list[Message]:
+        phase = self.phase
+        assert phase is not None
+        self._sent = []
+        for node, clients in lists:
+            content = pack(self._instruction(phase.round, tuple(clients)), self._student)
+            message = Message(content, dst_node_id=node, message_type=phase.kind)
+            self._sent.append(Sent(message, node, tuple(clients)))
+            phase.bytes_down += message_bytes(message)
+            for client in clients:
+                phase.tried.setdefault(client, []).append(node)
+        return [one.message for one in self._sent]
+
+    def _alive(self, grid: Any) -> list[int]:
+        nodes = [node for node in grid.get_node_ids() if self.misses.get(node, 0) < MISSES]
+        if not nodes:
+            raise RunFailed("no node is left that answers")
+        return nodes
+
+    def _note_speed(self, node: int, lines: Sequence[ClientLine]) -> None:
+        seconds = sum(line.seconds for line in lines)
+        if seconds > 0:
+            speed = sum(line.examples + FIXED_EXAMPLES for line in lines) / seconds
+            self.speeds[node] = 0.5 * (self.speeds.get(node, speed) + speed)
+
+    def _parts(self, kind: str, clients: Sequence[int], *, single: bool) -> list[Sequence[int]]:
+        """A node's clients as its messages list them: all together, but by itself who was lost the last time."""
+        alone = [client for client in clients if single or (kind, client) in self.suspects]
+        together = [client for client in clients if not single and (kind, client) not in self.suspects]
+        return [*([together] if together else []), *_split(alone, 1)]
+
+    @property
+    def _scoreboard(self) -> Path:
+        assert self.phase is not None
+        return self.folder / f".finished-{self.phase.round}-{self.phase.kind}"
 
     def _instruction(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
-        teacher = self.federation.teacher
+        teacher, keys = self.federation.teacher, self.config.flat()
+        if keys["runtime.cache"]:  # a worker need not have been started where we were
+            keys["runtime.cache"] = str(cache_folder(self.config.runtime.cache))
         return Instruction(
+            run=self.run,
             round=round_number,
-            config=json.dumps(self.config.flat(), sort_keys=True),
+            config=json.dumps(keys, sort_keys=True),
             clients=clients,
+            feedback=tuple(self.feedback.get(client, 0) for client in clients),
             teacher=str(teacher.folder.resolve()),
             teacher_hash=teacher.hash,
             dataset=self.data.key,
-            scoreboard=str(self.scoreboard),
+            scoreboard=str(self._scoreboard),
+            host=socket.gethostname(),
         )
+
+
+def _split(clients: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [clients[start : start + size] for start in range(0, len(clients), size)]
 
 
 def _reason(reply: Message) -> str:
     """A node's error in a few words: Flower wraps what the ClientApp raised in two texts of its own."""
-    words = " ".join((reply.error.reason or "").split())
+    # what is not printable could play with the terminal that shows it
+    words = " ".join("".join(one if one.isprintable() else " " for one in reply.error.reason or "").split())
+    if "ActorDied" in words or "ActorUnavailable" in words or "WorkerCrashed" in words:
+        return "its worker process died"
     return words.rsplit(":<'", 1)[-1].rsplit("Message: ", 1)[-1].removesuffix("'>").strip()[:120] or "no reason given"

@@ -24,6 +24,8 @@ class History:
 
     Attributes:
         losses: mean loss of the last round and its parts.
+        retried: clients that were lost at first and answered from another node.
+        seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
     """
@@ -36,6 +38,8 @@ class History:
     failed: int = 0
     rejected: int = 0
     late: int = 0
+    retried: int = 0
+    seconds: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, float] = field(default_factory=dict)
@@ -66,7 +70,7 @@ def client_spread(scores: Sequence[float | None]) -> dict[str, float]:
 
 
 def summarise(federation: Federation, history: History, status: str, seconds: float) -> dict[str, Any]:
-    """The contents of summary.json; ``seconds`` is the time of the whole run, preparation included."""
+    """The contents of summary.json; ``seconds`` is the time of this process, preparation included."""
     data, metric = federation.data, federation.data.task.headline
     student_size, teacher_size = count_parameters(federation.student), federation.teacher_parameters
     teacher = {
@@ -101,8 +105,13 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         },
         "spread": history.spread,
         "privacy": privacy,
-        "cost": _cost(history, seconds),
-        "faults": {"failed": history.failed, "rejected": history.rejected, "late": history.late},
+        "cost": _cost(history, history.seconds + seconds),
+        "faults": {
+            "failed": history.failed,
+            "rejected": history.rejected,
+            "late": history.late,
+            "retried": history.retried,
+        },
         "student_sha256": hash_tensors(federation.student.state_dict()),
         "versions": _versions(),
     }

@@ -23,6 +23,7 @@ from common.models import (
 )
 from common.progress import Progress
 from common.store import cache_folder
+from server.robust import check_byzantine
 from server.teacher import Teacher, TeacherSource, check_head, check_length, find_teacher, prepare_teacher
 from server.validation import validate
 
@@ -104,10 +105,11 @@ def prepare(config: Config, progress: Progress) -> Federation:
 
 
 def check_clients(config: Config, data: FederatedDataset) -> None:
-    """Raise `InputError` when the cohort is larger than the clients that take part."""
+    """Raise `InputError` when the cohort is larger than the clients that take part, or too small for the rule."""
     ready = len(data.eligible)
     if config.server.cohort > ready:
         raise InputError(
             f"server.cohort = {config.server.cohort}: {ready} of {data.clients} clients hold data.min-examples = "
             f"{config.data.min_examples} private examples; give a smaller cohort, fewer clients or a smaller minimum"
         )
+    check_byzantine(config.server.strategy, config.server.cohort or ready, config.server.byzantine)

@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,13 +33,13 @@ def write_report(run: Path) -> Path:
         InputError: the folder holds no run.
     """
     summary = _read_summary(run)
-    lines = _read_lines(run)
+    lines, costs = _read_lines(run / "metrics.jsonl"), _read_lines(run / "costs.jsonl")
     body = [
         f"<h1>{html.escape(summary['task'])}</h1>",
         f"<p class='verdict'>{_verdict(summary)}</p>",
         _scores_table(summary),
         _figure(lines, summary),
-        _rounds_table(lines, summary),
+        _rounds_table(lines, costs, summary),
         "<h2>Configuration</h2><pre>" + html.escape((run / "config.toml").read_text()) + "</pre>",
         "<h2>Versions</h2><pre>" + html.escape(json.dumps(summary["versions"], indent=1)) + "</pre>",
     ]
@@ -63,8 +64,7 @@ def _read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _read_lines(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -97,15 +97,16 @@ def _scores_table(summary: dict[str, Any]) -> str:
     cost = summary["cost"]
     rows.append(("training, examples per second", "", f"{cost['examples_per_s']:.0f}"))
     rows.append(("bytes down, up", "", f"{cost['bytes_down'] / 1e6:.1f} MB, {cost['bytes_up'] / 1e6:.1f} MB"))
-    rows.append(("lost: failed, rejected, late", "", ", ".join(str(count) for count in summary["faults"].values())))
+    rows.append(("lost: " + ", ".join(summary["faults"]), "", ", ".join(str(n) for n in summary["faults"].values())))
     return _table(("", "teacher", "student"), rows)
 
 
-def _rounds_table(lines: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def _rounds_table(lines: list[dict[str, Any]], costs: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     metric = summary.get("metric", "")
     train = {line["round"]: line for line in lines if line["phase"] == "train"}
     scored = {line["round"]: line for line in lines if line["phase"] == "evaluate"}
     valid = {line["round"]: line for line in lines if line["phase"] == "validation"}
+    seconds = {line["round"]: line["seconds"] for line in costs if line["phase"] == "train"}
     rows = []
     for number in sorted(train):
         spread = scored.get(number, {}).get("spread", {})
@@ -118,7 +119,7 @@ def _rounds_table(lines: list[dict[str, Any]], summary: dict[str, Any]) -> str:
                 _number(spread.get("worst_decile")),
                 _number(spread.get("std")),
                 _number(valid.get(number, {}).get("student", {}).get(metric)),
-                f"{train[number]['seconds']:.1f}",
+                f"{seconds.get(number, math.nan):.1f}",
             )
         )
     head = ("round", "clients", "loss", metric, "worst decile", "spread", "validation", "seconds")

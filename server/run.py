@@ -1,8 +1,7 @@
 """A whole run at the server: rounds, then the student and the summary, whatever happens in between."""
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from common.config import Config
@@ -24,15 +23,17 @@ def run_federation(
     *,
     nodes: int,
     stopped: Callable[[], bool] = lambda: False,
+    on_hang: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run all rounds, leave the run folder complete, return the summary.
+    """Run all rounds that are left, leave the run folder complete, return the summary.
 
     A run that fails or is stopped leaves a summary that says so, and its checkpoints.
 
     Raises:
+        InputError: the run in the folder cannot be continued with this federation.
         RunFailed, Interrupted: see `FederatedDistillation.run`; any other error is passed on.
     """
-    strategy = FederatedDistillation(federation, folder, progress, nodes=nodes, stopped=stopped)
+    strategy = FederatedDistillation(federation, folder, progress, nodes=nodes, stopped=stopped, on_hang=on_hang)
     status = "failed"
     try:
         strategy.run(grid)
@@ -45,9 +46,10 @@ def run_federation(
         raise RunFailed(f"{error.filename or folder.path}: {error.strerror}") from error
     finally:
         strategy.put_weights_into_student()
-        summary = summarise(federation, strategy.history, status, time.monotonic() - folder.began)
-        folder.save_summary(summary)
-        write_report(folder.path)
+        summary = summarise(federation, strategy.history, status, folder.seconds)
+        with suppress(OSError) if status == "failed" else nullcontext():  # a full disk has no room for it either
+            folder.save_summary(summary)
+            write_report(folder.path)
     return summary
 
 
@@ -62,8 +64,11 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
     except BaseException as error:
         if not (folder.path / "summary.json").exists():
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-            folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
+            with suppress(OSError):
+                folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
         raise
+    finally:
+        folder.close()
 
 
 def save_student(federation: Federation, folder: RunFolder) -> None:

@@ -1,58 +1,143 @@
-"""What a run leaves behind: config.toml, metrics.jsonl, summary.json, checkpoints/, student/."""
+"""What a run leaves behind: config.toml, metrics.jsonl, costs.jsonl, summary.json, checkpoints/, student/.
+
+metrics.jsonl holds what was learnt: the same for two runs of the same bits, and for one that was killed and
+continued. Times and bytes stand in costs.jsonl.
+"""
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
-from numpy.typing import NDArray
+from filelock import FileLock, Timeout
 
 from common.config import Config
 from common.errors import InputError
 from common.store import write_atomically
 
+JOURNALS = ("metrics.jsonl", "costs.jsonl")
+CLAIM = (".lock", ".config.toml.*")  # what a process leaves that is killed while it takes a folder
+
 
 class RunFolder:
-    """A run's own folder; raises `InputError` when there is something in it already."""
+    """A run's own folder.
 
-    def __init__(self, path: Path, config: Config) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path}: not an empty folder; give another --out, or remove it")
+    Args:
+        resume: continue the run whose configuration lies there; an empty folder begins a new one.
+
+    Raises:
+        InputError: the folder is taken, cannot be written, or holds a run of another configuration.
+    """
+
+    def __init__(self, path: Path, config: Config, *, resume: bool = False) -> None:
+        kept = path / "config.toml"
+        self.resumed = resume and kept.is_file()
+        if not self.resumed and path.exists() and not _is_free(path):
+            ways = "--resume to continue the run in it, " if kept.is_file() else ""
+            what = "not a run's folder" if resume else "not an empty folder"
+            raise InputError(f"{path}: {what}; {ways}give another --out, or remove it")
         self.made, self.began = not path.exists(), time.monotonic()
+        self._before = {kept.name: kept.read_bytes()} if self.resumed else {}
+        self._lock = FileLock(path / ".lock")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "config.toml", config.toml().encode())
+            self._lock.acquire(timeout=0)
+            for name in ("config.toml", "summary.json"):
+                for abandoned in path.glob(f".{name}.*"):  # by a process that was killed while it wrote
+                    abandoned.unlink()
+            write_atomically(kept, config.toml().encode())
+        except Timeout:
+            raise InputError(f"{path}: another process works in it; wait for its end, or give another --out") from None
         except OSError as error:
             raise InputError(f"{path}: cannot be made or written: {error.strerror}") from None
         self.path = path.resolve()
+        summary = self.path / "summary.json"
+        if self.resumed and summary.is_file():  # it would speak of a run that goes on
+            self._before[summary.name] = summary.read_bytes()
+            summary.unlink()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Since this process took the folder."""
+        return time.monotonic() - self.began
 
     def release(self) -> None:
         """Undo the claim of a run that never started, because its input was wrong."""
-        for name in ("config.toml", "log.txt"):
+        if self.resumed:
+            for name, data in self._before.items():
+                write_atomically(self.path / name, data)
+            return
+        self._lock.release()
+        for name in ("config.toml", "log.txt", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         if self.made and not any(self.path.iterdir()):
             self.path.rmdir()
 
+    def close(self) -> None:
+        """Let another process continue the run."""
+        self._lock.release()
+
     def add_line(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(finite(line)) + "\n")
+        self._append("metrics.jsonl", line)
 
-    def save_checkpoint(self, round_number: int, weights: Mapping[str, NDArray[np.float32]], keep: int) -> None:
-        """Write the student's trained arrays after a round and forget all but the last ``keep``."""
-        folder = self.path / "checkpoints"
-        data = safetensors.numpy.save(dict(weights), metadata={"round": str(round_number)})
-        write_atomically(folder / f"round-{round_number:05d}.safetensors", data)
-        # by number: round-100000 would stand before round-99999
-        for old in sorted(folder.glob("round-*.safetensors"), key=lambda path: int(path.stem[6:]))[:-keep]:
-            old.unlink()
+    def add_costs(self, line: Mapping[str, Any]) -> None:
+        """Append one line to costs.jsonl."""
+        self._append("costs.jsonl", line)
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each journal, all on disk."""
+        found = {}
+        for name in JOURNALS:
+            with (self.path / name).open("ab") as stream:
+                os.fsync(stream.fileno())
+                found[name] = stream.tell()
+        return found
+
+    def cut_back(self, lengths: Mapping[str, int]) -> None:
+        """Make the journals what they were: a run that continues writes the rest again.
+
+        Raises:
+            InputError: one is shorter than it was; all are left as they are.
+        """
+        wanted = {self.path / name: int(lengths.get(name, 0)) for name in JOURNALS}
+        for path, length in wanted.items():
+            have = path.stat().st_size if path.exists() else 0
+            if have < length:
+                raise InputError(f"{path}: {have} bytes; at its last checkpoint the run had written {length}")
+        for path, length in wanted.items():
+            with path.open("ab") as stream:
+                stream.truncate(length)
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.path / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as stream:
+            stream.write(json.dumps(finite(line)) + "\n")
+
+
+def check_resumed(before: Config, now: Config, path: Path) -> None:
+    """Raise `InputError` naming each key in which a run would be continued with another configuration.
+
+    Only ``rounds`` may grow.
+    """
+    old, new = before.flat(), now.flat()
+    changed = [key for key in old if old[key] != new[key] and not (key == "rounds" and now.rounds > before.rounds)]
+    if changed:
+        told = ", ".join(f"{key} = {new[key]!r} (was {old[key]!r})" for key in changed)
+        raise InputError(f"{path}: --resume with another configuration: {told}; only rounds may grow")
+
+
+def _is_free(path: Path) -> bool:
+    return path.is_dir() and all(any(entry.match(name) for name in CLAIM) for entry in path.iterdir())
 
 
 def finite(value: Any) -> Any:

@@ -1,28 +1,37 @@
-"""The strategy: FedAvg over clients with stable ids, folded reply by reply into exact sums.
+"""The strategy: rounds over clients with stable ids, folded reply by reply into exact sums.
 
 Flower's `Strategy.start` drives the rounds: train, evaluate, validate at the server. Here is what a round
 asks for, what enters its sums and what is written down.
 """
 
 import math
+import secrets
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.errors import RunFailed
+from common.compression import wire_for
+from common.errors import InputError, RunFailed
+from common.hashing import runtime_fingerprint
 from common.metrics import check_statistics, scores, statistics_length
 from common.progress import Progress
-from common.wire import ClientLine
-from server.aggregation import SERVER_RULES, Rejected, RunningSum
+from common.wire import ClientLine, unpack_lines, unpack_sums
+from server.aggregation import Rejected, RunningSum
 from server.assignment import pick_cohort
-from server.exchange import Exchange, Phase, StreamingGrid
+from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.exchange import NAMES, Exchange, StreamingGrid
 from server.history import History, client_spread, retention
+from server.intake import Intake, intake_for
+from server.phase import Phase
 from server.preparation import Federation
+from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
 from server.validation import validate
 
@@ -30,11 +39,12 @@ LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")
 
 
 class FederatedDistillation(Strategy):
-    """Runs a prepared federation.
+    """Runs a prepared federation, from its first round or from its last checkpoint.
 
     Args:
-        nodes: wait for this many nodes before round 1.
+        nodes: wait for this many nodes before the first round.
         stopped: asked ten times a second; True ends the run with `Interrupted`.
+        on_hang: see `Exchange`.
     """
 
     def __init__(
@@ -45,17 +55,26 @@ class FederatedDistillation(Strategy):
         *,
         nodes: int,
         stopped: Callable[[], bool],
+        on_hang: Callable[[], None] = lambda: None,
     ) -> None:
         self.federation, self.config, self.data = federation, federation.config, federation.data
         self.folder, self.progress, self.nodes = folder, progress, nodes
-        self.exchange = Exchange(federation, folder.path / ".finished-clients", progress, stopped)
         self.history = History()
         self.weights = federation.weights
+        self.optimizer: dict[str, Any] = {}
+        self.continued = False  # from a checkpoint, perhaps the one before round 1
+        self.done = 0  # rounds that this checkpoint holds
         self.cohort: tuple[int, ...] = ()
         self.taught: set[int] = set()
+        self.grid: Any = None
+        self.exchange = Exchange(
+            federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang
+        )
+        if folder.resumed:
+            self._continue()
 
     def run(self, grid: Grid) -> None:
-        """All rounds.
+        """All rounds that are left.
 
         Raises:
             RunFailed: too many clients were lost, or too few nodes came.
@@ -67,55 +86,70 @@ class FederatedDistillation(Strategy):
             self.start(
                 grid=streaming,
                 initial_arrays=ArrayRecord(),  # the arrays live here; Flower's copy stays empty
-                num_rounds=self.config.rounds,
+                num_rounds=self.config.rounds - self.done,
                 timeout=self.config.server.round_timeout,
                 evaluate_fn=self._after_round,
             )
         finally:
             self.exchange.close()
 
-    # --- what Flower calls, in this order -------------------------------------------------------
+    # --- what Flower calls, in this order; it counts rounds from where this process began ---------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        self.cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, server_round)
-        self._teach(server_round, self.cohort, grid)
-        return self._ask("train", "train", server_round, self.cohort, grid)
+        number, keys = self.done + server_round, self.config.server
+        self.cohort = pick_cohort(self.data.eligible, keys.cohort, self.config.seed, number, keys.over_select)
+        goal = min(keys.cohort or len(self.cohort), len(self.cohort))
+        self._teach(number, self.cohort, grid)
+        self.grid = grid
+        return self._ask("train", number, self.cohort, grid, goal=goal)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         shapes = {name: array.shape for name, array in self.weights.items()}
-        total = RunningSum.zeros(shapes)
-        sizes = self.exchange.sizes
-        phase = self.exchange.collect(
-            replies, {"update": shapes}, lambda sums, lines: total.fold(sums["update"], lines, sizes)
-        )
-        self._count(phase)
-        self._check_losses(phase)
-        total.lines.sort(key=lambda line: line.client)
-        self.weights = SERVER_RULES[self.config.server.strategy](self.weights, total, self.config.server.lr)
-        self._record_training(phase, total)
+        number, keys = self.done + server_round, self.config.server
+        intake = intake_for(keys, wire_for(keys, number, self.config.rounds), shapes, self.exchange.sizes)
+        phase = self.exchange.collect(self.grid, replies, intake.take)
+        try:
+            self._check_losses(phase)
+            update = intake.update()
+            phase.ended = time.monotonic()  # training ends when the mean update is there
+        except ValueError as error:
+            raise RunFailed(f"round {number}: {error}") from None
+        finally:
+            self._count(phase)
+        if phase.surplus:
+            self.cohort = tuple(sorted(phase.accepted))
+        rule = SERVER_RULES.get(keys.strategy, fedavg)  # a robust rule has chosen the update; its step is plain
+        self.weights = rule(self.weights, update, self.optimizer, keys)
+        if keys.wire != "fp32":
+            self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
+        self._record_training(phase, intake)
         return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        scored, last = self.config.server.scores, server_round == self.config.rounds
+        number = self.done + server_round
+        scored, last = self.config.server.scores, number == self.config.rounds
         everyone = scored == "all" or (scored == "final" and last)
         clients = tuple(self.exchange.sizes) if everyone else self.cohort
-        self._teach(server_round, clients, grid)
-        return self._ask("score", "evaluate", server_round, clients, grid)
+        self._teach(number, clients, grid)
+        return self._ask("evaluate", number, clients, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         spec = self.data.task.score_spec
         shapes = {"statistics": (statistics_length(spec),)}
         totals = {who: RunningSum.zeros(shapes) for who in ("student", "teacher")}
-        held = {client: len(self.data.shard(client).heldout) for client in self.exchange.sizes}
+        sizes = self.data.heldout_sizes
+        held = {client: int(sizes[client]) for client in self.exchange.sizes}
         found: list[ClientLine] = []
 
-        def fold(sums: dict[str, dict[str, Any]], lines: list[ClientLine]) -> None:
+        def take(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
+            lines = unpack_lines(content, clients)
+            sums = unpack_sums(content, dict.fromkeys(totals, shapes))
             scored = [line for line in lines if not line.problem and held[line.client]]
             most = sum(held[line.client] for line in scored)
             for who in totals:
@@ -125,8 +159,9 @@ class FederatedDistillation(Strategy):
             for who, total in totals.items():
                 total.fold(sums[who], scored, held)
             found.extend(scored)
+            return lines, {}
 
-        phase = self.exchange.collect(replies, {"student": shapes, "teacher": shapes}, fold)
+        phase = self.exchange.collect(self.grid, replies, take)
         self._count(phase)
         self._check_losses(phase)
         found.sort(key=lambda line: line.client)
@@ -138,36 +173,43 @@ class FederatedDistillation(Strategy):
 
     # --- parts of a round -----------------------------------------------------------------------
 
-    def _ask(self, name: str, kind: str, server_round: int, clients: Sequence[int], grid: Grid) -> list[Message]:
+    def _ask(
+        self, kind: str, number: int, clients: Sequence[int], grid: Grid, *, goal: int | None = None
+    ) -> list[Message]:
         arrays = {} if kind.startswith("query") else self.weights
-        return self.exchange.open(
-            name, kind, server_round, clients, nodes=grid.get_node_ids(), arrays=arrays, info=self._latest()
-        )
+        return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
 
-    def _teach(self, server_round: int, clients: Sequence[int], grid: Grid) -> None:
+    def _teach(self, number: int, clients: Sequence[int], grid: Grid) -> None:
         """Have the teacher's outputs computed where they may not be on disk: once per client and run."""
         new = [client for client in clients if client not in self.taught]
         if not new:
             return
-        messages = self._ask("teacher outputs", "query.teach", server_round, new, grid)
+        messages = self._ask("query.teach", number, new, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
-        phase = self.exchange.collect(replies, {}, lambda sums, lines: None)
+
+        def take(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
+            unpack_sums(content, {})
+            return unpack_lines(content, clients), {}
+
+        phase = self.exchange.collect(grid, replies, take)
         self._count(phase)
-        self.taught.update(set(new) - {client for client, _ in phase.losses()})
-        line = {"round": server_round, "phase": "teach", "clients": len(new), **phase.accounting()}
-        self.folder.add_line(line)
+        self.taught.update(phase.accepted)
+        self.folder.add_line({"round": number, "phase": "teach", "clients": len(new), **phase.faults()})
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
+        number = self.done + server_round
         self.put_weights_into_student()
+        if self.continued and not server_round:
+            return None  # the checkpoint that this run continues from has it
         history = self.history
         history.validation = validate(
             self.federation.student, self.data, self.federation.compute, self.progress, self.exchange.tick
         )
-        self.folder.add_line({"round": server_round, "phase": "validation", "student": history.validation})
-        self.folder.save_checkpoint(server_round, self.weights, self.config.server.keep_checkpoints)
-        if server_round:
-            self.progress.line(f"round {server_round}/{self.config.rounds}: {self._verdict()}")
+        self.folder.add_line({"round": number, "phase": "validation", "student": history.validation})
+        self.save(number)
+        if number:
+            self.progress.line(f"round {number}/{self.config.rounds}: {self._verdict()}")
         return None
 
     def put_weights_into_student(self) -> None:
@@ -177,6 +219,54 @@ class FederatedDistillation(Strategy):
             for name, array in self.weights.items():
                 parameters[name].copy_(torch.from_numpy(np.array(array)))
 
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def save(self, number: int) -> None:
+        """Write the checkpoint of a round."""
+        state = {
+            "run": self.exchange.run,
+            "history": {**asdict(self.history), "seconds": self.folder.seconds + self.history.seconds},
+            "taught": sorted(self.taught),
+            "feedback": sorted(self.exchange.feedback.items()),
+            "journals": self.folder.lengths(),
+            **self._identity(),
+        }
+        checkpoint = Checkpoint(number, self.weights, self.optimizer, state)
+        save_checkpoint(self.folder.checkpoints, checkpoint, self.config.server.keep_checkpoints)
+
+    def _continue(self) -> None:
+        """Take up the last whole checkpoint; without one the run begins anew in its folder."""
+        shapes = {name: array.shape for name, array in self.weights.items()}
+        found = load_latest(self.folder.checkpoints, shapes, self.progress.line)
+        if found is None:
+            self.folder.cut_back({})
+            self.progress.line("no checkpoint yet: the run begins at round 1")
+            return
+        for name, now in self._identity().items():
+            if found.state.get(name) != now:
+                raise InputError(
+                    f"{self.folder.path}: the {name} of this run changed since it began "
+                    f"({found.state.get(name)}, now {now}); put it back, or start a new run"
+                )
+        self.continued = True
+        self.done, self.weights, self.optimizer = found.round, found.weights, found.optimizer
+        self.history = History(**found.state["history"])
+        self.taught = set(found.state["taught"])
+        self.exchange.run = found.state["run"]
+        self.exchange.feedback = dict(found.state["feedback"])
+        self.folder.cut_back(found.state["journals"])
+        self.progress.line(f"continues after round {self.done}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What the bits depend on besides the keys."""
+        teacher = self.federation.teacher
+        return {
+            "data": self.data.key,
+            "teacher": teacher.hash,
+            "device": self.federation.compute.name,
+            "runtime": runtime_fingerprint(teacher.folder, self.config.runtime.threads),
+        }
+
     # --- what is written down -------------------------------------------------------------------
 
     def _count(self, phase: Phase) -> None:
@@ -184,30 +274,32 @@ class FederatedDistillation(Strategy):
         history.failed += len(phase.failed)
         history.rejected += len(phase.rejected)
         history.late += len(phase.late)
+        history.retried += len(phase.recovered)
         history.bytes_up += phase.bytes_up
         history.bytes_down += phase.bytes_down
+        self.folder.add_costs(phase.costs())
 
     def _check_losses(self, phase: Phase) -> None:
         allowed = self.config.server.max_lost_fraction
-        if phase.lost == len(phase.clients) or phase.lost > allowed * len(phase.clients):
+        if phase.missing and (not phase.accepted or phase.missing > allowed * phase.goal):
             client, what = phase.losses()[0]
             raise RunFailed(
-                f"round {phase.round} {phase.name}: {phase.lost} of {len(phase.clients)} clients lost, more than "
+                f"round {phase.round} {NAMES[phase.kind]}: {phase.missing} of {phase.goal} clients lost, more than "
                 f"server.max-lost-fraction = {allowed} allows; the first: client {client} {what}"
             )
 
-    def _record_training(self, phase: Phase, total: RunningSum) -> None:
+    def _record_training(self, phase: Phase, intake: Intake) -> None:
         history = self.history
+        lines = sorted(intake.lines, key=lambda line: line.client)
         history.rounds = phase.round
-        history.examples += total.weight * self.config.client.epochs
+        history.examples += intake.examples * self.config.client.epochs
         history.train_seconds += phase.seconds
         history.losses = {
-            name: sum((getattr(line, name) or 0.0) * line.examples for line in total.lines) / total.weight
+            name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
             for name in LOSSES
         }
-        line = {"round": phase.round, "phase": "train", "clients": len(total.lines), "examples": total.weight}
-        busy = sum(line.seconds for line in total.lines)
-        self.folder.add_line({**line, **history.losses, "client_seconds": busy, **phase.accounting()})
+        line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        self.folder.add_line({**line, **history.losses, **phase.faults()})
 
     def _record_scores(self, phase: Phase, statistics: dict[str, Any], lines: list[ClientLine]) -> None:
         history, spec = self.history, self.data.task.score_spec
@@ -217,7 +309,7 @@ class FederatedDistillation(Strategy):
         share = retention(history.student, history.teacher, self.data.task.headline)
         line = {"round": phase.round, "phase": "evaluate", "clients": len(lines)}
         line |= {"student": history.student, "teacher": history.teacher, "retention": share, "spread": history.spread}
-        self.folder.add_line({**line, **phase.accounting()})
+        self.folder.add_line({**line, **phase.faults()})
 
     def _latest(self) -> str:
         """Loss and score so far, short enough to stand beside a bar."""

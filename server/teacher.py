@@ -1,5 +1,6 @@
 """The shared teacher: found, checked, and fine-tuned once on the public split where it is a bare encoder."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -8,19 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from common.batches import token_budget_batches
 from common.config import Config
 from common.corpus import labelled
-from common.dataset import FederatedDataset, load_tokenizer
+from common.dataset import FederatedDataset, load_tokenizer, tokenizer_hash
 from common.device import choose_compute
 from common.errors import InputError
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
 from common.losses import hard_labels, score_error
-from common.models import check_family, load_teacher
+from common.models import check_family, load_teacher, set_training
 from common.partition import Index
 from common.progress import Progress
 from common.seeding import generator, seed_for
@@ -135,7 +137,10 @@ def prepare_teacher(
     key = hash_json(
         {
             "encoder": hash_files(source.folder.glob("*.safetensors")),
-            "dataset": data.key,
+            "public": _content(data, public),
+            "tokenizer": tokenizer_hash(source.folder),
+            "max-length": config.data.max_length,
+            "seed": config.seed,
             "keys": config.teacher.model_dump(exclude={"model"}),
             "compute": compute.name,
             **runtime_fingerprint(source.folder, torch.get_num_threads()),
@@ -161,7 +166,8 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     keys, task = config.teacher, data.task
     compute = choose_compute(config.runtime.device, config.client.precision)
     torch.manual_seed(seed_for(config.seed, "teacher"))
-    model = load_teacher(folder, complete=False, **_head_of(task)).to(compute.device).requires_grad_(True).train()
+    model = load_teacher(folder, complete=False, **_head_of(task)).to(compute.device).requires_grad_(True)
+    set_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=keys.lr, weight_decay=0.01, fused=True)
     lengths = data.train.tokens.lengths(rows)
     epochs = [
@@ -194,6 +200,14 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
 
 def _labelled(data: FederatedDataset, rows: Index) -> Index:
     return rows[labelled(data.train.labels[rows])]
+
+
+def _content(data: FederatedDataset, rows: Index) -> str:
+    """SHA-256 (hex) of what some rows say and of the labels' names: how the rest is cut does not matter."""
+    digest = hashlib.sha256(json.dumps([data.task.name, list(data.task.labels)]).encode())
+    digest.update(np.ascontiguousarray(data.train.keys[rows]).tobytes())
+    digest.update(np.ascontiguousarray(data.train.labels[rows]).tobytes())
+    return digest.hexdigest()
 
 
 def _head_of(task: Task) -> Mapping[str, Any]:

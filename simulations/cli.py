@@ -11,9 +11,14 @@ import typer
 from common.config import Config, default_keys, load_config
 from common.errors import InputError, Interrupted, RunFailed, place_of
 
-# waiting threads sleep instead of spinning: on a busy machine spinning costs several times the work itself;
-# OpenMP reads this when torch is first imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# read when the libraries are first imported: waiting threads sleep instead of spinning, which on a busy machine costs
+# several times the work itself; Flower does not ask the network for versions, nor reports its use
+for _name, _value in (
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+):
+    os.environ.setdefault(_name, _value)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,12 +37,30 @@ def simulate(
     config: ConfigFile = None,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="run folder; default: runs/TASK-TIME")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue the run in --out after its last checkpoint")
+    ] = False,
 ) -> None:
     """Run a whole federation on this machine: workers on Ray, one table at the end."""
-    keys = load_config(config, settings or [])
+    keys = _keys_to_resume(config, settings or [], out) if resume else load_config(config, settings or [])
     from simulations.simulate import simulate as run
 
-    run(keys, out)
+    run(keys, out, resume=resume)
+
+
+def _keys_to_resume(config: Path | None, settings: list[str], out: Path | None) -> Config:
+    """The keys of the run in ``out``; what is given besides may only repeat them, or add rounds."""
+    if out is None:
+        raise InputError("--resume: give the run's folder with --out")
+    kept = out / "config.toml"
+    if not kept.is_file():  # killed before it began
+        return load_config(config, settings)
+    from server.run_folder import check_resumed
+
+    before = load_config(kept)
+    keys = load_config(config, settings, base=before)
+    check_resumed(before, keys, out)
+    return keys
 
 
 @app.command()
@@ -65,14 +88,18 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 def bench(
     config: ConfigFile = None,
     settings: Settings = None,
+    *,
+    workload: Annotated[str | None, typer.Option(help="few-large or many-small: keys laid under those of -s")] = None,
+    arms: Annotated[str, typer.Option(help="some of loop-1xN,loop-Nx1,fedistill,flower; empty: all")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="how often each arm is timed")] = 5,
-    out: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write all figures to this JSON file")] = None,
 ) -> None:
-    """Training speed of one federated round against a bare PyTorch loop."""
-    chosen = load_config(config, settings or [])
+    """Training speed of a federated round beside plain PyTorch loops and a usual Flower app."""
     from simulations.bench import bench as run
+    from simulations.bench import choose_arms, workload_settings
 
-    run(chosen, repeats, out)
+    chosen = load_config(config, [*workload_settings(workload), *(settings or [])])
+    run(chosen, repeats, out, workload, choose_arms(arms))
 
 
 @app.command()

@@ -17,21 +17,21 @@ from server.app import default_folder
 from server.run import told_in
 from server.run_folder import RunFolder
 from simulations.display import chatter_in, progress_for
-from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, run_on_ray, worker_count
+from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, kill_workers, run_on_ray, worker_count
 from simulations.table import result_table
 
 INTERRUPTED = 130
 
 
-def simulate(config: Config, out: Path | None, quiet: bool = False) -> dict[str, Any]:
-    """Run a whole federation in the foreground and return its summary.
+def simulate(config: Config, out: Path | None, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run a whole federation in the foreground, or what is left of it, and return its summary.
 
     Raises:
         InputError: nothing was started, the output folder is as it was.
         RunFailed: the run folder says how far it came.
         Interrupted: likewise.
     """
-    folder = RunFolder(out or default_folder(config), config)
+    folder = RunFolder(out or default_folder(config), config, resume=resume)
     stop = threading.Event()
     with chatter_in(folder.path / "log.txt") as console:
         progress = Silent() if quiet else progress_for(console)
@@ -67,7 +67,10 @@ def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading
     def serve(grid: Any) -> None:
         starting.close()
         try:
-            outcome.append(run_federation(federation, folder, grid, progress, nodes=nodes, stopped=stop.is_set))
+            summary = run_federation(
+                federation, folder, grid, progress, nodes=nodes, stopped=stop.is_set, on_hang=kill_workers
+            )
+            outcome.append(summary)
         except BaseException as error:
             outcome.append(error)  # the runtime would wrap it; we want it as it is
             raise

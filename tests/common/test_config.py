@@ -75,7 +75,21 @@ def test_an_unknown_key_far_from_all_names_none():
         ("client.lr", True),
         ("client.clip-norm", -1.0),
         ("client.precision", "fp16"),
-        ("server.strategy", "fedprox"),
+        ("client.proximal", -0.1),
+        ("server.strategy", "fedsgd"),
+        ("server.lr", -1.0),
+        ("server.lr", False),
+        ("server.momentum", 1.0),
+        ("server.tau", 0.0),
+        ("server.byzantine", -1),
+        ("server.norm-bound", -1.0),
+        ("server.norm-bound", "1"),
+        ("server.packing", "yes"),
+        ("server.wire", "fp8"),
+        ("server.topk", 0.0),
+        ("server.svd-energy-end", 1.5),
+        ("server.over-select", 0.9),
+        ("server.keep-checkpoints", 0),
         ("server.max-lost-fraction", 1.5),
         ("server.round-timeout", 0.0),
         ("runtime.threads", 0),
@@ -94,6 +108,18 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key_and_itself(key, value
         ({"task": "text", "data.source": "a.csv", "data.partition": "natural"}, ("data.partition-by",)),
         ({"data.holdout-fraction": 1.0}, ("data.holdout-fraction",)),
         ({"distill.soft-weight": 0.0, "distill.hard-weight": 0}, ("distill.soft-weight", "hard-weight")),
+        *[
+            (
+                {"server.packing": "on", "server.strategy": rule},
+                ("server.packing = 'on'", f"server.strategy = {rule!r}"),
+            )
+            for rule in ("median", "trimmed-mean", "krum", "multi-krum")
+        ],
+        *[
+            ({"server.packing": "on", "server.wire": wire}, ("server.packing = 'on'", f"server.wire = {wire!r}"))
+            for wire in ("fp16", "int8", "topk", "svd")
+        ],
+        ({"server.packing": "on", "server.norm-bound": 0.5}, ("server.packing = 'on'", "server.norm-bound = 0.5")),
     ],
 )
 def test_keys_that_contradict_each_other_are_named(flat, named):
@@ -158,6 +184,51 @@ def test_auto_is_resolved_by_the_task():
     assert from_flat({}).data.partition_by == "domain"
     sst2 = from_flat({"task": "sst2"}).data
     assert (sst2.partition, sst2.clients) == ("dirichlet", 10)
+
+
+@pytest.mark.parametrize(
+    ("flat", "packing"),
+    [
+        ({}, "on"),
+        ({"server.strategy": "fedprox"}, "on"),
+        ({"server.strategy": "fedyogi", "server.norm-bound": 0.0}, "on"),
+        ({"server.strategy": "median"}, "off"),
+        ({"server.strategy": "trimmed-mean"}, "off"),
+        ({"server.strategy": "krum"}, "off"),
+        ({"server.strategy": "multi-krum"}, "off"),
+        ({"server.norm-bound": 0.5}, "off"),
+        ({"server.wire": "int8"}, "off"),
+        ({"server.wire": "fp32"}, "on"),
+    ],
+    ids=str,
+)
+def test_packing_is_resolved_by_what_needs_each_clients_own_update(flat, packing):
+    for given in ({}, {"server.packing": "auto"}, {"server.packing": packing}):
+        assert from_flat(flat | given).server.packing == packing
+
+
+def test_packing_can_be_switched_off_where_it_would_be_allowed():
+    assert from_flat({"server.packing": "off"}).server.packing == "off"
+
+
+@pytest.mark.parametrize("given", [{}, {"server.lr": 0.0}, {"server.lr": 0}], ids=str)
+def test_a_server_step_of_0_becomes_the_strategys_own(given):
+    for strategy in ("fedadam", "fedyogi", "fedadagrad"):
+        assert from_flat({"server.strategy": strategy, **given}).server.lr == 0.01
+    for strategy in ("fedavg", "fedprox", "fedavgm", "median", "trimmed-mean", "krum", "multi-krum"):
+        assert from_flat({"server.strategy": strategy, **given}).server.lr == 1.0
+    assert from_flat({"server.strategy": "fedadam", "server.lr": 0.5}).server.lr == 0.5
+
+
+def test_what_neither_file_nor_setting_gives_is_the_bases(tmp_path):
+    base = from_flat({"task": "sst2", "rounds": 9, "seed": 4, "data.clients": 7, "server.strategy": "fedadam"})
+    assert load_config(base=base) == base
+    path = tmp_path / "run.toml"
+    path.write_text("rounds = 10\nseed = 5\n")
+    found = load_config(path, ["seed=6", "client.lr=0.5"], base)
+    assert found.flat() == base.flat() | {"rounds": 10, "seed": 6, "client.lr": 0.5}
+    with pytest.raises(InputError, match="rounds = 0"):
+        load_config(None, ["rounds=0"], base)
 
 
 def test_flowers_table_holds_exactly_our_keys_and_defaults():

@@ -57,12 +57,23 @@ def test_rows_are_public_or_in_one_shard(reviews, tiny_teacher, cache):
     assert data.eligible.tolist() == [0, 1, 2, 3]
 
 
+def test_sizes_of_all_clients_are_those_of_their_shards(reviews, tiny_teacher, cache):
+    _, data = make_dataset(reviews, tiny_teacher, cache, data__partition="zipf", data__clients=6, data__alpha=1.5)
+    shards = [data.shard(client) for client in range(6)]
+    assert data.train_sizes.tolist() == [len(shard.train) for shard in shards]
+    assert data.heldout_sizes.tolist() == [len(shard.heldout) for shard in shards]
+    assert data.heldout_sizes.dtype == data.train_sizes.dtype == np.int64
+    # 240 private rows: one each, and 234 in proportion to 1 / rank^1.5; a fifth of each is held out
+    assert (data.train_sizes + data.heldout_sizes).tolist() == [129, 47, 26, 17, 12, 9]
+    assert data.heldout_sizes.tolist() == [26, 9, 5, 3, 2, 2]
+
+
 def test_a_second_preparation_opens_what_is_there(reviews, tiny_teacher, cache, monkeypatch):
     _, first = make_dataset(reviews, tiny_teacher, cache, seed=9)
     monkeypatch.setattr(dataset, "tokenize", lambda *arguments: pytest.fail("tokenised again"))
     _, second = make_dataset(reviews, tiny_teacher, cache, seed=9)
     assert second.key == first.key
-    assert second.order.tolist() == first.order.tolist()
+    assert second.shards.order.tolist() == first.shards.order.tolist()
     assert second.task == first.task
     assert isinstance(second.train.tokens.ids, np.memmap)
 
@@ -133,11 +144,15 @@ def test_a_handful_of_public_examples_leaves_none_for_validation(tiny_teacher, c
 
 def test_ten_thousand_clients_are_prepared(tiny_teacher, cache, tmp_path):
     path = make_reviews(tmp_path / "many.csv", 25_000)
-    keys = {"data__partition": "iid", "data__min_examples": 2, "data__public_fraction": 0.0}
-    _, data = make_dataset(path, tiny_teacher, cache, data__clients=10_000, **keys)
+    keys = {"data__clients": 10_000, "data__min_examples": 2, "data__public_fraction": 0.0}
+    _, data = make_dataset(path, tiny_teacher, cache, data__partition="iid", **keys)
     assert data.clients == len(data.eligible) == 10_000
     assert set(data.train_sizes) <= {1, 2}
-    assert sorted(data.order.tolist()) == list(range(25_000))
+    assert set(data.heldout_sizes) == {1}
+    assert sorted(data.shards.order.tolist()) == list(range(25_000))
+    _, skewed = make_dataset(path, tiny_teacher, cache, data__partition="dirichlet", data__alpha=0.5, **keys)
+    assert skewed.clients == 10_000 > len(skewed.eligible)
+    assert (skewed.train_sizes + skewed.heldout_sizes).sum() == len(skewed.shards.order) < 25_000
 
 
 def test_a_dataset_that_is_not_here_is_said_so(cache):

@@ -15,7 +15,7 @@ from common.config import DataKeys
 from common.corpus import Table
 from common.errors import InputError
 from common.partition import cut_clients, cut_groups, cut_holdout, text_groups
-from common.seeding import generator
+from common.seeding import generator, seed_for
 
 WRITTEN = ("good film", "Good  film", "GOOD FILM ", "bad film", "bad\tFilm", "cold soup", "Straße", "STRASSE", "x", "y")
 texts = st.sampled_from(WRITTEN)
@@ -94,7 +94,7 @@ def test_a_client_with_too_few_examples_keeps_none():
     assert [len(s) for s in shards] == [0, 8]
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards", "zipf"])
 def test_every_private_row_is_in_exactly_one_shard(partition):
     rows = np.arange(40, 400)
     cut = cut_clients(classes(), rows, keys(partition, 9, alpha=0.3), seed=5)
@@ -159,6 +159,30 @@ def test_iid_and_natural_cuts_are_those_of_flowers_partitioners():
     assert [part.tolist() for part in iid] == flowers(IidPartitioner(num_partitions=6), row=shuffled)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 1.0, 1e4])
+@pytest.mark.parametrize("partition", ["dirichlet", "shards"])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_dirichlet_and_shard_cuts_are_those_of_flowers_partitioners(partition, alpha, seed):
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, ShardPartitioner
+
+    drawn, rows = np.random.default_rng(seed), np.arange(3, 303)  # 300 rows: no multiple of 13 clients or 39 shards
+    labels = drawn.choice([-1, 0, 1, 2, 7], 310, p=[0.1, 0.6, 0.1, 0.15, 0.05])
+    data = table([f"t{i}" for i in range(310)], labels=labels)
+    given = keys(partition, 13, alpha=alpha, shards_per_client=3)
+
+    own = seed_for(seed, "clients") % 2**32
+    flower = (
+        ShardPartitioner(13, "class", num_shards_per_partition=3, seed=own)
+        if partition == "shards"
+        else DirichletPartitioner(13, "class", alpha=alpha, min_partition_size=0, seed=own)
+    )
+    shuffled = generator(seed, "order").permutation(rows)
+    flower.dataset = Dataset.from_dict({"row": shuffled, "class": labels[shuffled]})
+    expected = [sorted(flower.load_partition(client)["row"][:]) for client in range(13)]
+    assert [part.tolist() for part in cut_clients(data, rows, given, seed)] == expected
+
+
 def test_natural_clients_are_the_owners_by_name():
     owners = ["zoe", "adam", "zoe", "mia", "adam", "mia", "zoe"]
     data = table(list("abcdefg"), owners=owners)
@@ -177,9 +201,97 @@ def test_scores_are_skewed_by_their_whole_part():
 
 
 def test_more_clients_than_examples_is_refused():
-    for partition in ("iid", "dirichlet", "shards"):
+    for partition in ("iid", "dirichlet", "shards", "zipf"):
         with pytest.raises(InputError, match=r"data.clients = 11: only 10 private examples"):
             cut_clients(classes(), np.arange(10), keys(partition, 11), seed=0)
+
+
+def test_more_label_shards_than_examples_are_refused():
+    with pytest.raises(InputError, match=r"data.shards-per-client = 3: 4 clients need 12 label shards, and only 10 "):
+        cut_clients(classes(), np.arange(10), keys("shards", 4, shards_per_client=3), seed=0)
+
+
+def test_zipf_sizes_fall_as_a_power_of_the_rank():
+    cut = cut_clients(classes(), np.arange(385), keys("zipf", 10, alpha=2.0), seed=0)
+    # one each, and 375 in proportion to 1, 1/4, 1/9, ...: 241.97, 60.49, 26.89, 15.12, 9.68, 6.72, 4.94, 3.78, 2.99,
+    # 2.42; rounding down leaves 7, one each for the first seven
+    assert [len(part) for part in cut] == [243, 62, 28, 17, 11, 8, 6, 4, 3, 3]
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 0.5, 1.0, 3.0, 1e6])
+@pytest.mark.parametrize("clients", [1, 3, 399, 400])
+def test_zipf_shards_use_every_row_once_and_leave_nobody_empty(clients, alpha):
+    cut = cut_clients(classes(), np.arange(400), keys("zipf", clients, alpha=alpha), seed=0)
+    sizes = np.array([len(part) for part in cut])
+    assert sorted(np.concatenate(cut).tolist()) == list(range(400))
+    assert sizes.min() >= 1
+    assert (np.diff(sizes) <= 0).all()
+    law = np.arange(1.0, clients + 1) ** -alpha
+    assert (np.abs(sizes - 1 - (400 - clients) * law / law.sum()) <= 1).all()
+
+
+def test_zipf_shards_differ_in_size_and_not_in_their_classes():
+    data = classes(4000)
+    cut = cut_clients(data, np.arange(4000), keys("zipf", 4, alpha=1.0), seed=0)
+    assert np.abs(shares(data, cut) - 0.25).max() < 0.08  # three standard errors of the smallest, 481
+
+
+def flat(parts):
+    return np.concatenate(parts).tolist()
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """A table for ten thousand clients: 50,000 rows of 48,000 texts, so that clients share some."""
+    drawn = np.random.default_rng(0)
+    words = drawn.integers(0, 48_000, 50_000)
+    owners = [f"o{owner}" for owner in drawn.permutation(50_000) % 10_000]
+    return table([f"text {word}" for word in words], labels=drawn.integers(0, 4, 50_000), owners=owners)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards", "zipf", "natural"])
+def test_ten_thousand_clients_share_out_a_table(crowd, partition):
+    """Every row has one owner; a text is trained on or held out, never both; a fifth is held out."""
+    groups, rows = text_groups(crowd), np.arange(50_000)
+    cut = cut_clients(crowd, rows, keys(partition, 0 if partition == "natural" else 10_000), seed=1)
+    shards = cut_holdout(cut, groups, 0.2, 2, seed=1)
+    assert len(cut) == len(shards) == 10_000
+    # 20,000 label shards have 2 rows each, of 2.5
+    assert len(set(flat(cut))) == len(flat(cut)) == (40_000 if partition == "shards" else 50_000)
+    sizes = np.array([len(part) for part in cut])
+    assert (shards.train_sizes + shards.heldout_sizes).tolist() == np.where(sizes >= 2, sizes, 0).tolist()
+    train, heldout = (flat([getattr(shard, side) for shard in shards]) for side in ("train", "heldout"))
+    assert not set(groups[train]) & set(groups[heldout])
+    assert sorted(train + heldout) == sorted(flat([part for part in cut if len(part) >= 2]))
+    assert len(heldout) / len(train + heldout) == pytest.approx(0.2, abs=0.06)  # one of four is a quarter
+
+
+def test_held_out_groups_are_drawn_client_by_client(crowd):
+    """The rule, spelled out: what an earlier client decided stays; then, in a drawn order, whatever still fits."""
+    groups = text_groups(crowd) // 3  # larger groups, of many clients
+    cut = cut_clients(crowd, np.arange(50_000), keys("dirichlet", 500, alpha=0.3), seed=2)
+    shards = cut_holdout(cut, groups, 0.3, 8, seed=2)
+    side = {}
+    for client, shard in enumerate(shards):
+        rows = cut[client] if len(cut[client]) >= 8 else cut[client][:0]
+        names, sizes = np.unique(groups[rows], return_counts=True)
+        held = sum(size for name, size in zip(names, sizes, strict=True) if side.get(name))
+        for position in generator(2, "holdout", client).permutation(len(names)):
+            if names[position] not in side:
+                side[names[position]] = held + sizes[position] <= max(round(0.3 * len(rows)), 1)
+                held += side[names[position]] * sizes[position]
+        heldout = np.array([side[group] for group in groups[rows]], dtype=bool)
+        assert (shard.train.tolist(), shard.heldout.tolist()) == (rows[~heldout].tolist(), rows[heldout].tolist())
+
+
+def test_shards_are_ranges_of_one_array():
+    shards = cut_holdout([np.arange(4), np.arange(4, 12), np.arange(12, 22)], text_groups(classes()), 0.25, 5, seed=0)
+    assert shards.starts.tolist() == [0, 0, 8, 18]
+    assert shards.cuts.tolist() == [0, 6, 16]
+    assert shards.train_sizes.tolist() == [0, 6, 8]
+    assert shards.heldout_sizes.tolist() == [0, 2, 2]
+    assert sorted(shards.order[6:8].tolist() + shards.order[:6].tolist()) == list(range(4, 12))
+    assert shards[2].heldout.tolist() == shards.order[16:18].tolist()
 
 
 DIGEST = """
@@ -197,7 +309,7 @@ def digest():
     groups = text_groups(data)
     public, private = cut_groups(groups, 0.2, generator(3, "public"))
     found.update(public.tobytes())
-    for partition in ("iid", "dirichlet", "shards", "natural"):
+    for partition in ("iid", "dirichlet", "shards", "zipf", "natural"):
         cut = cut_clients(data, private, keys(partition, 0 if partition == "natural" else 6, alpha=0.5), seed=3)
         for shard in cut_holdout(cut, groups, 0.2, 2, 3):
             found.update(shard.train.tobytes() + b"|" + shard.heldout.tobytes())
@@ -217,6 +329,6 @@ def test_cuts_are_the_same_in_every_call_and_python_process():
 
 def test_a_seed_changes_every_drawn_cut():
     data, rows = classes(), np.arange(400)
-    for partition in ("iid", "dirichlet", "shards"):
+    for partition in ("iid", "dirichlet", "shards", "zipf"):
         cuts = [np.concatenate(cut_clients(data, rows, keys(partition, 6), seed)).tolist() for seed in range(4)]
         assert all(a != b for a, b in pairwise(cuts))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import tracemalloc
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.wire import ClientLine, Instruction, WireError, message_bytes, pack, pack_reply, unpack, unpack_reply
+from common.fixed_point import Rows
+from common.wire import (
+    ClientLine,
+    Instruction,
+    WireError,
+    message_bytes,
+    only_updates_of,
+    own_update,
+    pack,
+    pack_arrays,
+    pack_reply,
+    unpack_instruction,
+    unpack_lines,
+    unpack_own_update,
+    unpack_student,
+    unpack_sums,
+    unpack_update,
+)
 
 SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scalar": ()}
 EXPECTED = {"update": SHAPES}
@@ -22,7 +40,8 @@ LINES = [
     ClientLine(5, 0, 1.0, problem="NotFinite"),
 ]
 ASKED = frozenset({3, 5})
-INSTRUCTION = Instruction(2, '{"rounds": 3}', (3, 5), "/teacher é", "ab12", "cd34")
+RUN = "0123456789abcdef"
+INSTRUCTION = Instruction(RUN, 2, '{"rounds": 3}', (3, 5), (0, 1), "/teacher é", "ab12", "cd34", "/board")
 
 
 def sums():
@@ -57,24 +76,82 @@ def reply(array=None, key="layer.weight", lines=None, **records):
     return content
 
 
-def refusal(content):
+def unpack_reply(content, expected, clients):
+    lines = unpack_lines(content, clients)
+    return unpack_sums(content, expected), lines
+
+
+def refusal(content, read=lambda content: unpack_reply(content, EXPECTED, ASKED)):
     tracemalloc.start()
-    with pytest.raises(WireError) as caught:
-        unpack_reply(content, EXPECTED, ASKED)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        with pytest.raises(WireError) as caught:
+            read(content)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert peak < 2**20
     assert str(SECRET) not in str(caught.value)
     assert len(str(caught.value)) < 300
     return str(caught.value)
 
 
-def test_an_instruction_arrives_unchanged():
-    arrays = {name: np.random.default_rng(0).normal(size=s).astype(np.float32) for name, s in SHAPES.items()}
-    instruction, found = unpack(pack(INSTRUCTION, arrays), SHAPES)
-    assert instruction == INSTRUCTION
+def student():
+    return {name: np.random.default_rng(0).normal(size=s).astype(np.float32) for name, s in SHAPES.items()}
+
+
+def test_an_instruction_and_its_student_arrive_unchanged():
+    arrays = student()
+    content = pack(INSTRUCTION, pack_arrays(arrays))
+    assert unpack_instruction(content) == INSTRUCTION
+    found = unpack_student(content, SHAPES)
     assert all(found[name].tobytes() == arrays[name].tobytes() for name in SHAPES)
-    assert unpack(pack(INSTRUCTION, {})) == (INSTRUCTION, {})
+    assert all(array.dtype == np.float32 and array.shape == SHAPES[name] for name, array in found.items())
+    alone = pack(INSTRUCTION, None)
+    assert unpack_instruction(alone) == INSTRUCTION
+    assert list(alone) == ["instruction"]
+
+
+def test_arrays_in_another_memory_order_arrive_as_they_are():
+    array = np.arange(12, dtype=np.float32).reshape(4, 3).T
+    assert not array.flags.c_contiguous
+    found = unpack_student(pack(INSTRUCTION, pack_arrays({"w": array})), {"w": (3, 4)})
+    assert found["w"].tolist() == array.tolist()
+
+
+def test_a_student_of_other_shapes_or_numbers_is_refused():
+    def read(content):
+        return unpack_student(content, SHAPES)
+
+    assert "not there" in refusal(pack(INSTRUCTION, None), read)
+    wide = {name: array.astype(np.float64) for name, array in student().items()}
+    assert "expected <f4" in refusal(pack(INSTRUCTION, pack_arrays(wide)), read)
+    few = pack_arrays({name: array for name, array in student().items() if name != "scalar"})
+    assert refusal(pack(INSTRUCTION, few), read) == "record 'student': 1 arrays missing (scalar), 0 unknown"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"feedback": (1,)}, "feedback"),
+        ({"clients": (3,)}, "feedback"),
+        ({"run": ""}, "run's id"),
+        ({"run": "../../../../etc"}, "run's id"),
+        ({"run": RUN + "0"}, "run's id"),
+        ({"run": RUN.upper()}, "run's id"),
+        ({"run": RUN + "\n"}, "run's id"),
+    ],
+    ids=str,
+)
+def test_an_instruction_that_does_not_fit_together_is_refused(changed, named):
+    content = pack(dataclasses.replace(INSTRUCTION, **changed), None)
+    with pytest.raises(WireError, match=named):
+        unpack_instruction(content)
+
+
+def test_a_message_without_an_instruction_is_refused():
+    for content in (RecordDict(), RecordDict({"instruction": ArrayRecord()})):
+        with pytest.raises(WireError, match="record 'instruction': not there or not text"):
+            unpack_instruction(content)
 
 
 def test_a_reply_arrives_unchanged():
@@ -88,7 +165,7 @@ def test_a_reply_arrives_unchanged():
 
 def test_bytes_of_a_message_are_its_arrays_and_texts():
     arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in SHAPES.items()}
-    content = pack(INSTRUCTION, arrays)
+    content = pack(INSTRUCTION, pack_arrays(arrays))
     expected = len(content["instruction"]["json"]) + sum(len(saved(array)) for array in arrays.values())
     message = SimpleNamespace(content=content, has_content=lambda: True)  # Flower makes messages inside apps only
     assert message_bytes(message) == expected
@@ -142,6 +219,170 @@ def test_missing_and_unknown_arrays_and_records_are_refused():
     assert "not text" in refusal(reply(clients=ConfigRecord({"json": SECRET})))
     assert "not text" in refusal(reply(clients=ArrayRecord()))
     assert "not there" in refusal(RecordDict())
+
+
+# --- a node's sum, of some arrays only rows -----------------------------------------------------
+
+
+TABLE = {"words": (9, 2), "bias": (2,), "scalar": ()}
+
+
+def table_of(index=(1, 4, 8), rows=3, **others):
+    """A reply with rows of the first array; ``others`` are put in besides."""
+    part = Rows(np.array(index, dtype=np.int64), np.full((rows, 2), SECRET, dtype=np.int64))
+    arrays = {"words": part, "bias": np.ones(2, dtype=np.int64), "scalar": np.array(5), **others}
+    return pack_reply({"update": arrays}, LINES)
+
+
+def read_update(content):
+    return unpack_update(content, TABLE)
+
+
+def test_rows_of_a_sum_arrive_as_rows_and_whole_arrays_whole():
+    found = read_update(table_of())
+    assert found["words"].index.tolist() == [1, 4, 8]
+    assert found["words"].values.tolist() == [[SECRET, SECRET]] * 3
+    assert (found["bias"].tolist(), found["scalar"].tolist()) == ([1, 1], 5)
+    assert list(found) == list(TABLE)
+    whole = read_update(table_of(words=np.arange(18).reshape(9, 2)))
+    assert whole["words"].tolist() == np.arange(18).reshape(9, 2).tolist()
+    assert read_update(table_of((), 0))["words"].values.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "index", [(4, 1, 8), (1, 1, 8), (-1, 4, 8), (1, 4, 9), (1, 4, 2**62), (-(2**63), 2**63 - 1, 3)], ids=str
+)
+def test_row_numbers_that_are_not_ascending_rows_of_the_array_are_refused(index):
+    """One row twice, or a row that is not there, would add up wrong or elsewhere."""
+    assert refusal(table_of(index), read_update) == "update/words|rows: not ascending numbers from 0 to 8"
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        raw(saved(np.array([1, 4, 8], dtype=np.int32))),
+        raw(saved(np.array([1.0, 4.0, 8.0]))),
+        raw(saved(np.array([[1, 4, 8]]))),
+        raw(saved(np.arange(10))),
+        raw(saved(np.array(3))),
+        raw(saved(np.array([True, False, True]))),
+        raw(b""),
+        raw(headed("{'descr': '<i8', 'fortran_order': False, 'shape': (True,)}", bytes(8))),
+    ],
+)
+def test_row_numbers_that_are_no_list_of_whole_numbers_are_refused(numbers):
+    content = table_of()
+    content["update"] = ArrayRecord({**content["update"], "words|rows": numbers})
+    assert refusal(content, read_update).startswith("update/words|rows: ")
+
+
+def test_rows_that_do_not_fit_their_numbers_or_their_array_are_refused():
+    assert refusal(table_of((1, 4)), read_update).startswith("update/words: ")
+    wide = Rows(np.array([1]), np.ones((1, 3), dtype=np.int64))
+    assert refusal(table_of(words=wide), read_update).startswith("update/words: ")
+    real = Rows(np.array([1]), np.ones((1, 2), dtype=np.float32))
+    assert refusal(table_of(words=real), read_update).startswith("update/words: ")
+    none = Rows(np.array([0]), np.ones(1, dtype=np.int64))
+    assert refusal(table_of(scalar=none), read_update).startswith("update/scalar|rows: ")
+    assert "1 unknown" in refusal(table_of(**{"other|rows": np.array([1])}), read_update)
+    content = pack_reply({"update": {"words|rows": np.array([1])}}, LINES)
+    assert "3 arrays missing" in refusal(content, read_update)
+    assert refusal(RecordDict(), read_update) == "record 'update': not there or no arrays"
+    assert refusal(pack_reply({"update": {}, "more": {}}, LINES), read_update) == "unexpected records: 1"
+
+
+# --- one client's own update --------------------------------------------------------------------
+
+
+PARTS = {
+    "layer.weight|values": np.arange(12, dtype=np.int8).reshape(3, 4),
+    "layer.weight|scale": np.array([0.5, 1.0, SECRET], dtype="<f4"),
+    "layer.bias|values": np.array([1, 2], dtype="<f2"),
+    "update|gaps": np.array([7, 65535], dtype="<u2"),
+    "none|values": np.zeros((0, 3), dtype="<f4"),
+}
+
+
+def own(array=None, key="layer.weight|values"):
+    """A reply with client 3's own update, one of its arrays replaced."""
+    content = pack_reply({own_update(3): PARTS}, LINES)
+    if array is not None:
+        content[own_update(3)] = ArrayRecord({**content[own_update(3)], key: array})
+    return content
+
+
+def read_own(content):
+    return unpack_own_update(content, 3)
+
+
+def test_an_own_update_arrives_unchanged_whatever_its_arrays():
+    found = read_own(own())
+    assert list(found) == list(PARTS)
+    for name, array in PARTS.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].tobytes() == array.tobytes()
+
+
+def test_an_own_update_that_is_not_there_is_refused():
+    for content in (RecordDict(), pack_reply({own_update(5): PARTS}, LINES)):
+        assert refusal(content, read_own) == "record 'update-3': not there or no arrays"
+    assert "no arrays" in refusal(RecordDict({own_update(3): ConfigRecord({"json": "[]"})}), read_own)
+
+
+def test_records_besides_the_updates_of_these_clients_are_refused():
+    content = pack_reply({own_update(3): PARTS, own_update(5): PARTS}, LINES)
+    only_updates_of(content, [3, 5])
+    assert refusal(content, lambda found: only_updates_of(found, [3])) == "unexpected records: 1"
+    assert refusal(reply(), lambda found: only_updates_of(found, [3, 5])) == "unexpected records: 1"
+
+
+HOSTILE = [
+    "(5000000000000,)", "(3, 5)", "(-3, -4)", "(2, 2, 1, 1, 3)", "(0x" + "f" * 800 + ",)",
+    f"({2**62}, 4)",  # wraps around to 0 in 64 bits
+    f"({2**32}, {2**32})",
+    # nothing in it, and still more than an array can have
+    f"(0, {2**70})", f"(0, {2**62}, {2**62})", f"(0, {2**30}, {2**30}, {2**30})",
+    "(True, 12)", "(3, 4, True)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", HOSTILE)
+@pytest.mark.parametrize("data", [b"", bytes(12)], ids=["empty", "12 bytes"])
+def test_a_header_that_does_not_describe_the_data_is_refused(shape, data):
+    array = raw(headed(f"{{'descr': '|i1', 'fortran_order': False, 'shape': {shape}}}", data))
+    assert refusal(own(array), read_own).startswith("update-3/layer.weight|values: ")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        raw(saved(np.full((4, 3), SECRET).T)),
+        raw(saved(np.full((3, 4), SECRET))[:-1]),
+        raw(saved(np.full((3, 4), SECRET)) + b"x"),
+        raw(saved(np.full((3, 4), SECRET)), stype="torch.Tensor"),
+        raw(saved(np.array([{"a": SECRET}, None], dtype=object))),
+        raw(saved(np.array(["a", "b"]))),
+        raw(saved(np.array([True, False]))),
+        raw(saved(np.array([1j, SECRET]))),
+        raw(saved(np.zeros(2, dtype=[(f"a{SECRET}", "<i8")]))),
+        raw(saved(np.array([SECRET], dtype="datetime64[s]"))),
+        raw(b""),
+        raw(b"\x93NUMPY"),
+        raw(str(SECRET).encode()),
+        raw(headed("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4)}", bytes(96))),
+        raw(headed("[" * 500)),
+        raw(headed("__import__('os').abort()")),
+    ],
+)
+def test_an_array_that_holds_no_plain_numbers_is_refused(array):
+    assert refusal(own(array), read_own).startswith("update-3/layer.weight|values: ")
+
+
+def test_a_refusal_can_be_printed_whatever_the_arrays_are_called():
+    """A name is the client's own word: it could play with the terminal that shows it."""
+    for name in ("\x1b[2J", "two\nlines", "\u202e", "x" * 5000):
+        assert refusal(own(raw(b""), key=name), read_own).isprintable()
+        assert refusal(own(raw(saved(np.zeros(2)), stype="\x1b[2J"), key=name), read_own).isprintable()
 
 
 GOOD = dataclasses.asdict(LINES[0])
@@ -220,3 +461,34 @@ def test_hostile_lines_raise_nothing_but_a_wire_error(text):
 )
 def test_hostile_bytes_raise_nothing_but_a_wire_error(data):
     survives(reply(raw(data)))
+
+
+some_shapes = st.lists(st.integers(-1, 2**65) | st.integers(0, 5) | st.booleans(), max_size=5)
+near_headers = st.builds(
+    lambda descr, shape, data: headed(
+        f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {tuple(shape)!r}}}", data
+    ),
+    st.sampled_from(["|i1", "<f4", "<f2", ">f8", "<u2", "|b1", "<f16", "<U3", "|V0", "<i0", "<m8[s]"]),
+    some_shapes,
+    st.binary(max_size=32),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    near_headers
+    | st.binary(max_size=300)
+    | near_bytes
+    | st.binary(max_size=200).map(lambda b: headed(b.decode("latin-1"), bytes(96)))
+)
+def test_hostile_bytes_of_rows_and_own_updates_raise_nothing_but_a_wire_error(data):
+    content = table_of()
+    content["update"] = ArrayRecord({**content["update"], "words|rows": raw(data)})
+    with suppress(WireError):
+        read_update(content)
+    try:
+        found = read_own(own(raw(data)))
+    except WireError as error:
+        assert str(SECRET) not in str(error)
+    else:
+        assert found["layer.weight|values"].nbytes <= len(data)

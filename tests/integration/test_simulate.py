@@ -3,9 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -39,6 +41,7 @@ def test_a_run_leaves_the_folder_that_the_contract_names(fedistill, tiny, tmp_pa
     assert names >= {
         "config.toml",
         "metrics.jsonl",
+        "costs.jsonl",
         "summary.json",
         "checkpoints",
         "student",
@@ -48,7 +51,7 @@ def test_a_run_leaves_the_folder_that_the_contract_names(fedistill, tiny, tmp_pa
     summary = read_summary(run)
     assert set(summary) >= CONTRACT
     assert summary["status"] == "completed"
-    assert summary["faults"] == {"failed": 0, "rejected": 0, "late": 0}
+    assert summary["faults"] == {"failed": 0, "rejected": 0, "late": 0, "retried": 0}
     assert summary["cost"]["bytes_up"] > 0
     assert summary["cost"]["examples"] > 0
     assert load_config(run / "config.toml").rounds == 2
@@ -58,11 +61,29 @@ def test_a_run_leaves_the_folder_that_the_contract_names(fedistill, tiny, tmp_pa
         *((1, name) for name in ("teach", "train", "evaluate", "validation")),
         *((2, name) for name in ("train", "evaluate", "validation")),
     ]
+    check_costs(run, summary)
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
     assert "Traceback" not in done.stderr + (run / "log.txt").read_text()
     bits["two workers, cold cache"] = summary["student_sha256"]
     check_federated_scores(run, tmp_path / "cold")
     check_student_opens(run)
+
+
+def check_costs(run: Path, summary: dict[str, Any]) -> None:
+    """A line for each phase with clients; times and bytes stand there and nowhere in metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "costs.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["phase"]) for line in lines] == [
+        *((1, name) for name in ("teach", "train", "evaluate")),
+        *((2, name) for name in ("train", "evaluate")),
+    ]
+    for line in lines:
+        assert line["seconds"] > 0
+        assert (line["recovered"], line["surplus"]) == ([], [])
+        assert len(line["busy"]) == 2  # a share of the time for each worker
+    for name in ("bytes_up", "bytes_down"):
+        assert summary["cost"][name] == sum(line[name] for line in lines)
+    told = {name for line in read_lines(run) for name in line}
+    assert not told & {"seconds", "bytes_up", "bytes_down", "busy", "recovered"}
 
 
 def check_federated_scores(run: Path, cache: Path) -> None:
@@ -87,7 +108,7 @@ def check_student_opens(run: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(run / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "student")
     logits = model(**tokenizer(["the meal was not cold", "a great film"], return_tensors="pt", padding=True)).logits
-    weights = safetensors.torch.load_file(sorted((run / "checkpoints").iterdir())[-1])
+    weights = safetensors.torch.load_file(run / "checkpoints" / "round-00002" / "student.safetensors")
     for name, tensor in model.state_dict().items():
         if name in weights:
             assert torch.equal(tensor, weights[name]), name
@@ -104,32 +125,34 @@ def test_the_student_has_the_same_bits_for_any_number_of_workers(fedistill, tiny
 
 def test_a_round_equals_the_same_clients_trained_without_flower(fedistill, tiny, tmp_path):
     from clients.worker import Worker
-    from server.aggregation import RunningSum, fedavg
+    from common.fixed_point import mean
+    from common.wire import Instruction
+    from server.aggregation import RunningSum
+    from server.assignment import pick_cohort
     from server.preparation import prepare
+    from server.rules import fedavg
 
-    cohort = ["-s", "server.cohort=5", "-s", "rounds=1"]
-    done = fedistill("simulate", *tiny, *cohort, "--out", "run")
+    done = fedistill("simulate", *tiny, "-s", "server.cohort=5", "-s", "rounds=1", "--out", "run")
     assert done.returncode == 0, done.stderr
     config = load_config(tmp_path / "run" / "config.toml")
     federation = prepare(config, Silent())
+    teacher, data = federation.teacher, federation.data
+    sizes = {int(client): int(data.train_sizes[client]) for client in data.eligible}
+    total = RunningSum.zeros({name: array.shape for name, array in federation.weights.items()})
     threads = torch.get_num_threads()
     try:
-        worker = Worker(config, str(federation.teacher.folder), federation.teacher.hash, federation.data.key)
-        total = RunningSum.zeros({name: array.shape for name, array in federation.weights.items()})
-        chosen = next(line for line in read_lines(tmp_path / "run") if line["phase"] == "train")
-        assert chosen["clients"] == 5
-        from server.assignment import pick_cohort
-
-        sizes = {int(c): int(federation.data.train_sizes[c]) for c in federation.data.eligible}
-        for client in reversed(pick_cohort(federation.data.eligible, 5, config.seed, 1)):  # another order
-            update, lines = worker.train(federation.weights, 1, [client], lambda: None)
-            total.fold(update, lines, sizes)
+        worker = Worker(config, str(teacher.folder), teacher.hash, data.key)
+        for client in reversed(pick_cohort(data.eligible, 5, config.seed, 1)):  # another order
+            asked = Instruction("0" * 16, 1, "", (client,), (0,), str(teacher.folder), teacher.hash, data.key)
+            groups, lines = worker.train(federation.weights, asked, lambda count: None)
+            total.fold(groups["update"], lines, sizes)
     finally:
         torch.set_num_threads(threads)
-    import safetensors.numpy
-
-    saved = safetensors.numpy.load_file(tmp_path / "run" / "checkpoints" / "round-00001.safetensors")
-    for name, array in fedavg(federation.weights, total, 1.0).items():
+    [line] = [line for line in read_lines(tmp_path / "run") if line["phase"] == "train"]
+    assert (line["clients"], line["examples"]) == (5, total.weight)
+    update = {name: mean(array, total.weight) for name, array in total.totals.items()}
+    saved = safetensors.numpy.load_file(tmp_path / "run" / "checkpoints" / "round-00001" / "student.safetensors")
+    for name, array in fedavg(federation.weights, update, {}, config.server).items():
         assert np.array_equal(array, saved[name]), name
 
 

@@ -6,9 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from common.fixed_point import add_into, encode
+from common.config import from_flat
+from common.fixed_point import ExactSum, Rows, add_into, mean
 from common.wire import ClientLine
-from server.aggregation import Rejected, RunningSum, fedavg
+from server.aggregation import Rejected, RunningSum, check_count
+from server.rules import fedavg
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 
@@ -23,7 +25,16 @@ def updates(count, seed=0):
 
 
 def part(update, weight):
-    return {name: encode(array, weight) for name, array in update.items()}
+    """What a node sends for one client."""
+    alone = ExactSum({name: array.shape for name, array in update.items()})
+    alone.add({name: array.astype(np.float32) for name, array in update.items()}, weight)
+    return alone.totals
+
+
+def step(start, total, lr):
+    """The next weights: along the mean update."""
+    update = {name: mean(array, total.weight) for name, array in total.totals.items()}
+    return fedavg(start, update, {}, from_flat({"server.lr": lr}).server)
 
 
 def test_hand_case():
@@ -31,8 +42,8 @@ def test_hand_case():
     total.fold(part({"w": np.array([1.0, 0.0])}, 30), [line(0, 30)], {0: 30})
     total.fold(part({"w": np.array([-1.0, 0.5])}, 10), [line(1, 10)], {1: 10})
     start = {"w": np.array([10.0, 20.0], dtype=np.float32)}
-    assert fedavg(start, total, 1.0)["w"].tolist() == [10.5, 20.125]
-    assert fedavg(start, total, 0.5)["w"].tolist() == [10.25, 20.0625]
+    assert step(start, total, 1.0)["w"].tolist() == [10.5, 20.125]
+    assert step(start, total, 0.5)["w"].tolist() == [10.25, 20.0625]
 
 
 def test_fedavg_is_the_weighted_average_of_the_clients_models():
@@ -41,7 +52,7 @@ def test_fedavg_is_the_weighted_average_of_the_clients_models():
     total = RunningSum.zeros(SHAPES)
     for client, (update, weight) in enumerate(zip(changes, weights, strict=True)):
         total.fold(part(update, weight), [line(client, weight)], {client: weight})
-    found = fedavg(start, total, 1.0)
+    found = step(start, total, 1.0)
     for name in SHAPES:
         models = [start[name].astype(np.float64) + update[name] for update in changes]
         np.testing.assert_allclose(found[name], np.average(models, axis=0, weights=weights), atol=1e-6)
@@ -58,7 +69,7 @@ def test_replies_in_any_order_and_packing_give_the_same_bits():
         total = RunningSum.zeros(SHAPES)
         for client in order:
             total.fold(parts[client], [lines[client]], sizes)
-        found.add(fedavg(changes[0], total, 1.0)["a"].tobytes())
+        found.add(step(changes[0], total, 1.0)["a"].tobytes())
     packed = {name: parts[2][name].copy() for name in SHAPES}
     for name in SHAPES:
         add_into(packed[name], parts[0][name])
@@ -66,7 +77,7 @@ def test_replies_in_any_order_and_packing_give_the_same_bits():
     total = RunningSum.zeros(SHAPES)
     total.fold(parts[1], [lines[1]], sizes)
     total.fold(packed, [lines[2], lines[0], lines[3]], sizes)
-    found.add(fedavg(changes[0], total, 1.0)["a"].tobytes())
+    found.add(step(changes[0], total, 1.0)["a"].tobytes())
     assert len(found) == 1
     assert total.weight == 126
     assert sorted(each.client for each in total.lines) == [0, 1, 2, 3]
@@ -82,6 +93,13 @@ def test_a_count_that_is_not_the_known_one_is_refused_and_changes_nothing(exampl
         total.fold(part(updates(1)[0], 10), lines, {0: 6, 1: 4, 2: 5})
     assert all((total.totals[name] == before.totals[name]).all() for name in SHAPES)
     assert (total.weight, total.lines) == (before.weight, before.lines)
+
+
+@pytest.mark.parametrize("examples", [0, -4, 3, 5, 2**40])
+def test_a_count_is_checked_for_one_client_as_for_many(examples):
+    check_count(line(1, 4), {1: 4})
+    with pytest.raises(Rejected, match=f"client 1 counts {examples} examples; it has 4"):
+        check_count(line(1, examples), {1: 4})
 
 
 def test_a_client_with_no_examples_to_train_on_has_no_say():
@@ -101,12 +119,12 @@ def test_a_reply_in_which_everybody_has_a_problem_adds_nothing():
     assert not total.totals["a"].any()
     assert total.weight == 0
     with pytest.raises(ValueError, match="total weight is 0"):
-        fedavg(updates(1)[0], total, 1.0)
+        step(updates(1)[0], total, 1.0)
 
 
 def test_a_sum_that_would_overflow_is_refused_and_leaves_no_trace():
     total = RunningSum.zeros({"a": (2,), "b": (2,)})
-    for huge in (2**62, -(2**62)):
+    for huge in (2**62, -(2**62), 2**63 - 1, -(2**63)):
         with pytest.raises(Rejected, match="b: a value is too large"):
             total.fold({"a": np.ones(2, np.int64), "b": np.array([huge, 0])}, [line(0, 5)], {0: 5})
     big = {"a": np.ones(2, np.int64), "b": np.array([2**62 - 2**10, 0])}
@@ -116,3 +134,19 @@ def test_a_sum_that_would_overflow_is_refused_and_leaves_no_trace():
         total.fold(big, [line(0, 5)], {0: 5})
     assert total.totals["a"].tolist() == [2, 2]
     assert total.weight == 10
+
+
+def test_rows_of_an_array_are_added_as_the_whole_would_be():
+    shapes, sizes = {"words": (5, 2), "b": (1,)}, {0: 3, 1: 4}
+    rows, whole = RunningSum.zeros(shapes), RunningSum.zeros(shapes)
+    for client, index in ((0, [0, 3]), (1, [3, 4])):
+        part = Rows(np.array(index), np.array([[1, -2], [3, 4]]))
+        bias = np.array([client])
+        rows.fold({"words": part, "b": bias}, [line(client, sizes[client])], sizes)
+        whole.fold({"words": part.dense((5, 2)), "b": bias}, [line(client, sizes[client])], sizes)
+    assert rows.totals["words"].tolist() == whole.totals["words"].tolist()
+    assert rows.totals["words"].tolist() == [[1, -2], [0, 0], [0, 0], [4, 2], [3, 4]]
+    huge = Rows(np.array([2]), np.array([[2**62, 0]]))
+    with pytest.raises(Rejected, match="words: a value is too large"):
+        rows.fold({"words": huge, "b": np.array([1])}, [line(0, 3)], sizes)
+    assert rows.totals["b"].tolist() == [1]

@@ -1,10 +1,16 @@
 """Figures of the summary against hand-computed ones."""
 
+import json
 import math
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from server.history import client_spread, retention, unprepared_summary
+from common.config import from_flat
+from common.hashing import hash_tensors
+from server.history import History, client_spread, retention, summarise, unprepared_summary
 
 
 def test_retention_is_the_students_share_of_the_teachers_score():
@@ -27,6 +33,62 @@ def test_client_spread_hand_case():
 def test_clients_without_a_score_of_their_own_do_not_count():
     assert client_spread([]) == client_spread([None, None]) == {"clients": 0}
     assert client_spread([0.7, None]) == {"worst_decile": 0.7, "std": 0.0, "mean": 0.7, "clients": 1}
+
+
+HISTORY = History(
+    rounds=3, examples=600, train_seconds=4.0, bytes_up=10, bytes_down=20, failed=1, rejected=2, late=3, retried=5,
+    seconds=100.0, losses={"loss": 0.5}, student={"f1": 0.6, "n": 40}, teacher={"f1": 0.8, "n": 40},
+    validation={"f1": 0.45, "n": 9}, spread={"clients": 2},
+)  # fmt: skip
+
+
+def federation(**keys):
+    """A student of three weights and a bias, a teacher of twenty; seven clients, of whom six take part."""
+    return SimpleNamespace(
+        config=from_flat({"seed": 11} | {name.replace("__", "."): value for name, value in keys.items()}),
+        data=SimpleNamespace(task=SimpleNamespace(name="mrpc", headline="f1"), clients=7, eligible=range(6)),
+        student=torch.nn.Linear(3, 1, bias=True).requires_grad_(False),
+        teacher=SimpleNamespace(fine_tuned_on=77),
+        teacher_parameters=20,
+        teacher_validation={"f1": 0.9, "n": 9},
+        layers=(0, 3),
+    )
+
+
+def test_a_summary_holds_what_a_run_has_measured():
+    run = federation()
+    summary = summarise(run, HISTORY, "completed", 30.0)
+    assert (summary["status"], summary["task"], summary["metric"], summary["seed"]) == ("completed", "mrpc", "f1", 11)
+    assert (summary["rounds"], summary["clients"], summary["clients_left_out"], summary["cohort"]) == (3, 7, 1, 6)
+    assert summary["student"]["params"] == 4
+    assert summary["student"]["params_ratio"] == 0.2
+    assert summary["student"]["federated"] == {"f1": 0.6, "n": 40}
+    assert summary["teacher"]["params"] == 20
+    assert summary["teacher"]["validation"] == {"f1": 0.9, "n": 9}
+    assert summary["retention"] == pytest.approx({"federated": 0.75, "validation": 0.5})
+    assert summary["spread"] == {"clients": 2}
+    assert summary["faults"] == {"failed": 1, "rejected": 2, "late": 3, "retried": 5}
+    assert summary["student_sha256"] == hash_tensors(run.student.state_dict())
+    assert summary["privacy"]["unit"] == "none"
+
+
+def test_a_runs_cost_is_that_of_all_its_processes():
+    cost = summarise(federation(), HISTORY, "completed", 30.0)["cost"]
+    assert cost["wall_s"] == 130.0
+    assert (cost["train_s"], cost["examples"], cost["examples_per_s"]) == (4.0, 600, 150.0)
+    assert (cost["bytes_up"], cost["bytes_down"]) == (10, 20)
+    assert cost["peak_rss_mb"] > 10
+    assert summarise(federation(), History(), "failed", 1.0)["cost"]["examples_per_s"] == 0.0
+
+
+def test_the_cohort_of_a_summary_is_the_one_that_was_asked_for():
+    assert summarise(federation(data__clients=7, server__cohort=4), HISTORY, "failed", 1.0)["cohort"] == 4
+
+
+def test_a_history_goes_on_from_json_as_if_it_had_never_stopped():
+    again = History(**json.loads(json.dumps(asdict(HISTORY))))
+    assert again == HISTORY
+    assert History(**asdict(History())) == History()
 
 
 def test_a_run_that_never_began_says_what_it_was(tmp_path):

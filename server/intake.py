@@ -1,0 +1,148 @@
+"""What becomes of the replies of a training phase: checked, added up or kept, and turned into one update.
+
+Three ways, by configuration: nodes send sums of their clients' updates (`Summed`); each client's own update
+travels, perhaps with loss, and is added up here (`Streamed`); or all of them are kept until the end, for a rule
+that compares them (`Collected`). The first two need memory for one model, the third for one per client.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.compression import Wire, decompress
+from common.config import ROBUST, ServerKeys
+from common.fixed_point import ExactSum, mean
+from common.wire import ClientLine, Shapes, only_updates_of, unpack_lines, unpack_own_update, unpack_update
+from server.aggregation import RunningSum, check_count
+from server.robust import ROBUST_RULES, bound_norm
+
+Refused = dict[int, str]
+
+
+class Intake(Protocol):
+    """Takes replies; then gives the round's update.
+
+    Attributes:
+        lines: accounting of the clients whose update is in.
+        examples: the weight behind the update.
+    """
+
+    @property
+    def lines(self) -> list[ClientLine]: ...
+
+    @property
+    def examples(self) -> int: ...
+
+    def take(self, content: Any, clients: frozenset[int]) -> tuple[list[ClientLine], Refused]:
+        """Check a reply and fold it in; see `server.exchange.Take`."""
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        """The update that stands for the round. Raises ValueError when too few clients are in."""
+
+
+def intake_for(keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> Intake:
+    """The way that the keys ask for; ``sizes`` are the examples each client is known to have."""
+    if keys.strategy in ROBUST:
+        return Collected(keys, wire, shapes, sizes)
+    return Summed(shapes, sizes) if keys.packing == "on" else Streamed(keys, wire, shapes, sizes)
+
+
+class Summed:
+    """Nodes add up: a reply is one sum of integers and a line per client."""
+
+    def __init__(self, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+        self.shapes, self.sizes, self.total = shapes, sizes, RunningSum.zeros(shapes)
+
+    @property
+    def lines(self) -> list[ClientLine]:
+        return self.total.lines
+
+    @property
+    def examples(self) -> int:
+        return self.total.weight
+
+    def take(self, content: Any, clients: frozenset[int]) -> tuple[list[ClientLine], Refused]:
+        lines = unpack_lines(content, clients)
+        self.total.fold(unpack_update(content, self.shapes), lines, self.sizes)
+        return lines, {}
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        return {name: mean(total, self.total.weight) for name, total in self.total.totals.items()}
+
+
+class _OwnUpdates:
+    """Replies that hold each client's own update: what both ways of using them share."""
+
+    def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+        self.keys, self.wire, self.shapes, self.sizes = keys, wire, shapes, sizes
+
+    def take(self, content: Any, clients: frozenset[int]) -> tuple[list[ClientLine], Refused]:
+        lines = unpack_lines(content, clients)
+        sent = [line for line in lines if not line.problem]
+        only_updates_of(content, [line.client for line in sent])
+        refused: Refused = {}
+        for line in sent:  # one bad update does not touch its neighbours
+            try:
+                check_count(line, self.sizes)
+                self.add(line, self.open(content, line.client))
+            except ValueError as error:
+                refused[line.client] = str(error)
+        return lines, refused
+
+    def open(self, content: Any, client: int) -> dict[str, NDArray[np.float32]]:
+        update = decompress(unpack_own_update(content, client), self.shapes, self.wire)
+        if not all(np.isfinite(array).all() for array in update.values()):
+            raise ValueError("its update is not finite")
+        return bound_norm(update, self.keys.norm_bound) if self.keys.norm_bound > 0 else update
+
+    def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
+        raise NotImplementedError
+
+
+class Streamed(_OwnUpdates):
+    """Own updates, each added to the exact sum and forgotten."""
+
+    def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+        super().__init__(keys, wire, shapes, sizes)
+        self.sum = ExactSum(shapes)
+        self.added: list[ClientLine] = []
+
+    @property
+    def lines(self) -> list[ClientLine]:
+        return self.added
+
+    @property
+    def examples(self) -> int:
+        return sum(line.examples for line in self.added)
+
+    def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
+        self.sum.add(update, line.examples)
+        self.added.append(line)
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        return {name: mean(total, self.examples) for name, total in self.sum.totals.items()}
+
+
+class Collected(_OwnUpdates):
+    """Own updates, all kept until a robust rule has compared them."""
+
+    def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+        super().__init__(keys, wire, shapes, sizes)
+        self.kept: dict[int, tuple[ClientLine, Mapping[str, NDArray[np.float32]]]] = {}
+
+    @property
+    def lines(self) -> list[ClientLine]:
+        return [line for line, _ in self.kept.values()]
+
+    @property
+    def examples(self) -> int:
+        return sum(line.examples for line, _ in self.kept.values())
+
+    def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
+        self.kept[line.client] = (line, update)
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        ordered = [self.kept[client][1] for client in sorted(self.kept)]  # the order of arrival must not matter
+        return ROBUST_RULES[self.keys.strategy](ordered, self.keys)
