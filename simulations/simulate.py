@@ -1,6 +1,7 @@
 """``fedistill simulate``: prepare in this process, run on Ray, end with a table and a truthful exit code."""
 
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -94,21 +95,38 @@ def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading
 def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
     """Ctrl-C and SIGTERM: raise while preparing; during the run only set ``stop``, the server thread sees it.
 
+    The kernel may give a signal to any thread, and Python's own handler waits for the main one, which during the run
+    sleeps in a lock until the end. So ``stop`` is set by a thread that Python's C handler writes to.
+
     Yields a function to call when preparation is over.
     """
     running = threading.Event()
+    ours = (signal.SIGINT, signal.SIGTERM)
 
     def on_signal(number: int, frame: Any) -> None:
-        stop.set()
         if not running.is_set():
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listen() -> None:
+        while arrived := ear.recv(1):
+            if arrived[0] in ours:
+                stop.set()
+
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    before = {number: signal.signal(number, on_signal) for number in ours}
+    wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     try:
         yield running.set
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
+        mouth.close()
+        listener.join()
+        ear.close()
 
 
 def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
