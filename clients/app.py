@@ -19,6 +19,7 @@ from common.errors import place_of
 from common.wire import Instruction, pack_reply, unpack_instruction, unpack_student
 
 app = ClientApp()
+NEEDS = ("teacher", "teacher_hash", "dataset", "student", "student_hash")  # of an instruction, what a worker is made of
 
 _resident: dict[str, Worker] = {}  # at most one: a new run replaces it
 
@@ -29,6 +30,16 @@ def teach(message: Message, context: Context) -> Message:
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         return pack_reply({}, worker.teach(instruction.clients, finished))
+
+    return _answer(message, work)
+
+
+@app.query("weigh")
+def weigh(message: Message, context: Context) -> Message:
+    """Say how much the student's heads and neurons matter on the clients' examples, before round 1."""
+
+    def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
+        return pack_reply(*worker.weigh(instruction.clients, finished))
 
     return _answer(message, work)
 
@@ -83,11 +94,11 @@ def _safely(work: Callable[[], Message]) -> Message:
 
 
 def _worker(instruction: Instruction) -> Worker:
-    name = json.dumps([instruction.config, instruction.teacher, instruction.teacher_hash, instruction.dataset])
+    needs = {name: getattr(instruction, name) for name in NEEDS}
+    name = json.dumps([instruction.config, needs])
     if name not in _resident:
         _resident.clear()
-        config = from_flat(json.loads(instruction.config))
-        _resident[name] = Worker(config, instruction.teacher, instruction.teacher_hash, instruction.dataset)
+        _resident[name] = Worker(from_flat(json.loads(instruction.config)), **needs)
     return _resident[name]
 
 

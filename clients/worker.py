@@ -7,7 +7,6 @@ leaves behind in the process (models, mapped data, cached outputs) saves time an
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clients.distillation import ClientUpdate, Student, TrainingShard, distil, make_recipe
+from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
 from clients.teacher_cache import TeacherCache
@@ -23,11 +22,14 @@ from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
+from common.distillation import Examples, Student, make_recipe
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
+from common.importance import MOST, importance
 from common.inference import predict
 from common.metrics import statistics_length
-from common.models import choose_layers, cut_student, freeze_embeddings, load_teacher, pair_hidden_layers
+from common.models import freeze_embeddings, load_teacher
+from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
 from common.wire import NOT_FINITE, ClientLine, Instruction, own_update
@@ -50,35 +52,45 @@ class Worker:
 
     Args:
         config: the run's keys.
-        teacher_folder, teacher_hash: the shared teacher; its weights are compared with the hash.
-        dataset_key: the prepared dataset in this machine's cache.
+        teacher, teacher_hash: folder of the shared teacher; its weights are compared with the hash.
+        dataset: key of the prepared dataset in this machine's cache.
+        student, student_hash: key of the prepared student, likewise.
 
     Raises:
-        ValueError: the teacher in the folder is another one.
+        ValueError: the teacher in the folder, or the student, is another one.
     """
 
-    def __init__(self, config: Config, teacher_folder: str, teacher_hash: str, dataset_key: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        teacher: str,
+        teacher_hash: str,
+        dataset: str,
+        student: str,
+        student_hash: str,
+    ) -> None:
         torch.set_num_threads(config.runtime.threads)
         self.config = config
         self.compute = choose_compute(config.runtime.device, config.client.precision)
         cache = cache_folder(config.runtime.cache)
-        self.data: FederatedDataset = open_dataset(cache, dataset_key)
+        self.data: FederatedDataset = open_dataset(cache, dataset)
         self.spec = self.data.task.score_spec
-        self.teacher = load_teacher(Path(teacher_folder))
+        self.teacher = load_teacher(Path(teacher))
         if hash_tensors(self.teacher.state_dict()) != teacher_hash:
             raise ValueError("the teacher's weights are not those of this run")
-        have = self.teacher.config.num_hidden_layers
-        layers = choose_layers(config.student.layer_selection, config.student.layers, have)
-        self.pairs = pair_hidden_layers(config.distill.hidden_layers, len(layers), have)
         self.teacher.to(self.compute.device)
-        model = cut_student(self.teacher, layers, config.student.dropout).to(self.compute.device)
+        self.pupil = open_pupil(cache / "students" / student, self.data, cache)
+        if self.pupil.hash != student_hash:
+            raise ValueError("the student's weights are not those of this run")
+        model = self.pupil.model.to(self.compute.device)
         self.student = Student.of(model, freeze_embeddings(model, config.student.train_embeddings))
         space = {
             "teacher": teacher_hash,
-            "tokenizer": tokenizer_hash(Path(teacher_folder)),
+            "tokenizer": tokenizer_hash(Path(teacher)),
             "max-length": config.data.max_length,
             "compute": self.compute.name,
-            **runtime_fingerprint(Path(teacher_folder), config.runtime.threads),
+            **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }
         self.feedback = cache / "error-feedback"
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
@@ -99,6 +111,32 @@ class Worker:
             lines += [ClientLine(client, len(shard), each) for client, shard in zip(chunk, shards, strict=True)]
             finished(len(chunk))
         return lines
+
+    def weigh(self, clients: Sequence[int], finished: Finished) -> tuple[Groups, list[ClientLine]]:
+        """The sum over some clients of how much each head and neuron of the student matters on their examples."""
+        shape, teacher = self.pupil.shape, self.teacher.config
+        recipe = make_recipe(self.config, 1, shape, teacher, self.data.task.regression)
+        total = ExactSum({"heads": _matrix(shape.heads), "neurons": _matrix(shape.neurons)})
+        lines = []
+        for client in clients:
+            began = time.perf_counter()
+            try:
+                heads, neurons = importance(
+                    self.pupil.model,
+                    self._examples(client),
+                    recipe=recipe,
+                    compute=self.compute,
+                    seed=self.config.seed,
+                    client=client,
+                )
+                count = min(len(self.data.shard(client).train), MOST)
+                total.add({"heads": heads, "neurons": neurons}, count)
+            except Exception as error:  # whatever one client's data does, the others go on
+                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
+            else:
+                lines.append(ClientLine(client, count, time.perf_counter() - began))
+            finished(1)
+        return {"update": total.compact}, lines
 
     def train(
         self, arrays: dict[str, NDArray[np.float32]], instruction: Instruction, finished: Finished
@@ -127,9 +165,7 @@ class Worker:
             except Exception as error:  # whatever one client's data does, the others go on
                 lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
             else:
-                line = ClientLine(client, update.examples, time.perf_counter() - began)
-                loss, soft, hard, hidden = update.losses
-                lines.append(replace(line, loss=loss, soft_loss=soft, hard_loss=hard, hidden_loss=hidden))
+                lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **update.losses))
             finished(1)
         return ({"update": total.compact} if packed else groups), lines
 
@@ -174,7 +210,7 @@ class Worker:
         began = time.perf_counter()
         shards = [self.data.shard(client).heldout for client in clients]
         rows = np.concatenate(shards)
-        logits = predict(self.student.model, self.data.train.tokens, rows, self.compute)
+        logits = predict(self.student.model, self.pupil.data.train.tokens, rows, self.compute)
         soft = self.teacher_logits(rows)
         found, start = [], 0
         each = (time.perf_counter() - began) / len(clients)
@@ -211,19 +247,24 @@ class Worker:
         return parts
 
     def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
-        rows = self.data.shard(client).train
-        if not len(rows):
-            raise ClientRefused("no training examples")
         return distil(
             self.student,
             weights,
-            TrainingShard(self.data.train, rows, self.teacher_logits(rows)),
-            recipe=make_recipe(self.config, round_number, self.pairs, self.data.task.regression),
+            self._examples(client),
+            recipe=make_recipe(
+                self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
+            ),
             compute=self.compute,
             seed=self.config.seed,
             who=(round_number, client),
             teacher=self.teacher,
         )
+
+    def _examples(self, client: int) -> Examples:
+        rows = self.data.shard(client).train
+        if not len(rows):
+            raise ClientRefused("no training examples")
+        return Examples(self.pupil.data.train, rows, self.teacher_logits(rows), self.pupil.taught)
 
     def teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), num_labels) the teacher's outputs, from disk where they are there."""
@@ -232,6 +273,10 @@ class Worker:
             return predict(self.teacher, self.data.train.tokens, rows[places], self.compute)
 
         return self.outputs.outputs(np.asarray(self.data.train.keys[rows]), compute)
+
+
+def _matrix(rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    return len(rows), len(rows[0])
 
 
 def _tensor(array: NDArray[np.float32]) -> Any:

@@ -74,7 +74,25 @@ class TeacherKeys(_Section):
 
 class StudentKeys(_Section):
     layers: int = Field(3, ge=1, description="transformer layers kept")
-    layer_selection: str = Field("spaced", description="`spaced`, or the teacher's layer numbers: 0,2,5")
+    layer_selection: str = Field(
+        "spaced",
+        description="`spaced`, `distilbert`, `bottom`, `top`, `random` (with random weights, as a control), or the "
+        "teacher's layer numbers: 0,2,5",
+    )
+    heads: int = Field(0, ge=0, description="attention heads kept in each layer; 0: all")
+    neurons: int = Field(0, ge=0, description="neurons kept in each layer's feed-forward network; 0: all")
+    width_selection: Literal["importance", "random"] = Field(
+        "importance",
+        description="which heads and neurons: those that matter most for the distillation, as the clients "
+        "measure it before round 1, or random ones, as a control",
+    )
+    vocabulary: int = Field(0, ge=0, description="word pieces kept: the most frequent in public text; 0: all")
+    embedding_rank: int = Field(0, ge=0, description="rank of the word embedding as a product of two matrices; 0: one")
+    target_ratio: Fraction = Field(
+        0.0, description="trim the vocabulary until the student has this share of the teacher's parameters; 0: not"
+    )
+    warm_epochs: int = Field(0, ge=0, le=1000, description="passes over the public split before round 1")
+    warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
     train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
 
@@ -85,11 +103,24 @@ class DistillKeys(_Section):
     )
     soft_weight: Weight = Field(0.7, description="weight of KL(teacher, student) on softened probabilities")
     hard_weight: Weight = Field(0.3, description="weight of the true label; 0: no label is ever read")
+    weighting: Literal["constant", "annealed", "adaptive"] = Field(
+        "constant",
+        description="annealed: over the rounds the soft weight goes to the hard; adaptive: in each example, as far as "
+        "the teacher is wrong",
+    )
     hidden_weight: Weight = Field(
         0.0, description="weight of the loss on hidden states; above 0 the teacher runs along"
     )
     hidden_loss: Literal["cosine", "mse"] = Field("cosine", description="distance between hidden states")
     hidden_layers: str = Field("even", description="`even`, `last`, or student:teacher layer pairs: 0:1,2:5")
+    cls_weight: Weight = Field(
+        0.0, description="weight of the loss on normalised [CLS] states of `hidden-layers`; the teacher runs along"
+    )
+    relation_weight: Weight = Field(
+        0.0, description="weight of the loss on relations of queries, keys and values; the teacher runs along"
+    )
+    relation_layers: str = Field("last", description="layers whose relations are compared, as `hidden-layers`")
+    relation_heads: int = Field(0, ge=0, le=1024, description="relation heads; 0: as many as both models' heads allow")
 
 
 class ClientKeys(_Section):
@@ -217,8 +248,14 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _keys_that_need_each_other(self) -> "Config":
-        if self.distill.soft_weight + self.distill.hard_weight + self.distill.hidden_weight == 0:
-            raise ValueError("distill.soft-weight, hard-weight and hidden-weight are all 0: nothing to learn from")
+        keys = self.distill
+        if keys.soft_weight + keys.hard_weight + keys.hidden_weight + keys.cls_weight + keys.relation_weight == 0:
+            raise ValueError("every weight of the section distill is 0: nothing to learn from")
+        if self.student.target_ratio and self.student.vocabulary:
+            raise ValueError(
+                f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "
+                f"student.vocabulary = {self.student.vocabulary} does too; give one of them"
+            )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")
         if self.data.clients and self.server.cohort > self.data.clients:

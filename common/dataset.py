@@ -1,12 +1,13 @@
 """The data of a federation, prepared once and mapped into memory by every process.
 
-On disk, under a name that is the hash of everything it depends on: the tokens, labels and content keys of
-the train table, the public rows, each client's private rows (train then held-out, one range per client),
+On disk, under a name that is the hash of everything it depends on: the texts, tokens, labels and content keys
+of the train table, the public rows, each client's private rows (train then held-out, one range per client),
 and the public validation tables. A client is a range of row numbers, so ten thousand cost nothing to open.
+A student with a vocabulary of its own sees the same examples in its own pieces (`in_pieces_of`).
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from common.corpus import Corpus, Table, load_corpus
 from common.errors import InputError
 from common.hashing import hash_files, hash_json
 from common.partition import Index, Shard, Shards, cut_clients, cut_groups, cut_holdout, text_groups
-from common.progress import Progress
+from common.progress import Progress, Silent
 from common.seeding import generator
 from common.store import build_folder
 from common.tasks import Task
+from common.texts import Texts
 from common.tokens import Tokens, tokenize
 
-FORMAT = 1
+FORMAT = 2
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spm.model",
@@ -33,17 +35,19 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Split:
-    """Tokenised examples with their labels and content keys; arrays are mapped, not loaded.
+    """Tokenised examples with their texts, labels and content keys; arrays are mapped, not loaded.
 
     Attributes:
         tokens: n examples.
         labels: (n,) int64 classes (-1: unlabelled) or float64 scores (NaN: unlabelled).
         keys: (n, 16) uint8 content hash of each example's text.
+        texts: one column, or two for pairs.
     """
 
     tokens: Tokens
     labels: NDArray[Any]
     keys: NDArray[np.uint8]
+    texts: tuple[Texts, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,6 +59,7 @@ class FederatedDataset:
 
     Attributes:
         key: hash of everything the data depends on.
+        max_length: word pieces kept of an example.
         train: the whole train table; only its public rows may be shown to the teacher's fine-tuning.
         public: rows of ``train``.
         validation: public validation splits by name.
@@ -63,6 +68,7 @@ class FederatedDataset:
 
     key: str
     task: Task
+    max_length: int
     train: Split
     public: Index
     validation: dict[str, Split]
@@ -121,11 +127,40 @@ def open_dataset(cache: Path, key: str) -> FederatedDataset:
     return FederatedDataset(
         key=key,
         task=task,
+        max_length=meta["max_length"],
         train=splits["train"],
         public=public,
         validation={name: splits[name] for name in meta["validation"]},
         shards=Shards(*ranges),
     )
+
+
+def in_pieces_of(
+    tokenizer_folder: Path, data: FederatedDataset, cache: Path, progress: Progress | None = None
+) -> FederatedDataset:
+    """The same examples as another tokenizer cuts them, row for row; prepared once, then mapped."""
+    key = hash_json({"format": FORMAT, "data": data.key, "tokenizer": tokenizer_hash(tokenizer_folder)})[:32]
+    folder = cache / "tokens" / key
+    splits = {"train": data.train, **data.validation}
+    with build_folder(folder) as draft:
+        if draft is not None:
+            tokenizer = load_tokenizer(tokenizer_folder)
+            total = sum(len(split) for split in splits.values())
+            with (progress or Silent()).step("tokenise for the student", total) as step:
+                for name, split in splits.items():
+                    columns = tuple(column.all() for column in split.texts)
+                    tokenize(columns, tokenizer, data.max_length, step.advance).save(draft, name)
+            (draft / "tokens.json").write_text(json.dumps(_tokenizer_note(tokenizer)))
+    note = json.loads((folder / "tokens.json").read_text())
+    cut = {
+        name: replace(split, tokens=Tokens.open(folder, name, note["pad"], note["typed"]))
+        for name, split in splits.items()
+    }
+    return replace(data, train=cut["train"], validation={name: cut[name] for name in data.validation})
+
+
+def _tokenizer_note(tokenizer: Any) -> dict[str, Any]:
+    return {"pad": tokenizer.pad_token_id, "typed": "token_type_ids" in tokenizer.model_input_names}
 
 
 def tokenizer_hash(folder: Path) -> str:
@@ -164,13 +199,15 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
         for name, each in tables.items():
             tokenize(each.texts, tokenizer, config.data.max_length, step.advance).save(folder, name)
+            for column, texts in enumerate(each.texts):
+                Texts.of(texts).save(folder, f"{name}.{column}")
             np.save(folder / f"{name}.labels.npy", each.labels)
             np.save(folder / f"{name}.keys.npy", each.keys())
     meta = {
         "task": asdict(corpus.task),
         "validation": list(validation),
-        "pad": tokenizer.pad_token_id,
-        "typed": "token_type_ids" in tokenizer.model_input_names,
+        "max_length": config.data.max_length,
+        **_tokenizer_note(tokenizer),
     }
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
 
@@ -215,4 +252,6 @@ def load_tokenizer(folder: Path) -> Any:
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:
     labels = np.load(folder / f"{name}.labels.npy", mmap_mode="r")
     keys = np.load(folder / f"{name}.keys.npy", mmap_mode="r")
-    return Split(Tokens.open(folder, name, meta["pad"], meta["typed"]), labels, keys)
+    columns = len(meta["task"]["text_columns"])
+    texts = tuple(Texts.open(folder, f"{name}.{column}") for column in range(columns))
+    return Split(Tokens.open(folder, name, meta["pad"], meta["typed"]), labels, keys, texts)

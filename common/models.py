@@ -1,10 +1,5 @@
-"""Teacher and student: loading a frozen teacher, cutting a student from its layers.
+"""Teacher and student: loading a frozen teacher, choosing the layers of a student, what of it is trained."""
 
-Works for the families in `LAYERS` through transformers' Auto classes. To add a family, add the path of its
-layers there; its embeddings must lie under ``<base>.embeddings``.
-"""
-
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -12,25 +7,12 @@ from typing import Any
 import torch
 
 from common.errors import InputError
+from common.families import is_embedding
 
-LAYERS = {
-    "bert": "bert.encoder.layer",
-    "distilbert": "distilbert.transformer.layer",
-    "roberta": "roberta.encoder.layer",
-    "electra": "electra.encoder.layer",
-}
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
     "dropout", "attention_dropout", "seq_classif_dropout", "summary_last_dropout",
 )  # fmt: skip
-
-
-def check_family(config: Any, where: str) -> None:
-    """Raise `InputError` unless the model's family can be cut."""
-    if config.model_type not in LAYERS:
-        raise InputError(
-            f"{where}: models of the family {config.model_type!r} cannot be cut; give one of {', '.join(LAYERS)}"
-        )
 
 
 def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
@@ -59,21 +41,29 @@ def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+SELECTIONS = ("spaced", "distilbert", "bottom", "top", "random")
+
+
 def choose_layers(selection: str, keep: int, have: int) -> tuple[int, ...]:
     """Which of the teacher's layers the student keeps, ascending.
 
-    ``spaced`` spreads them evenly from the first to the last; for 6 of 12 these are DistilBERT's 0, 2, 4, 7,
-    9, 11 (Sanh et al. 2019). Otherwise the numbers themselves, comma between.
+    ``spaced`` spreads them evenly from the first to the last, and so does ``random``, whose weights are not kept;
+    ``distilbert`` takes 0, 2, 4, 7, 9, 11 of 12 (Sanh et al. 2019) and the like of other depths; ``bottom`` and ``top``
+    take neighbours. Otherwise the numbers themselves, comma between.
 
     Raises:
         InputError: the teacher has no such layers, or their number is not ``keep``.
     """
     if keep > have:
         raise InputError(f"student.layers = {keep}: the teacher has {have} layers; give at most that")
-    if selection == "spaced":
+    if selection in ("spaced", "distilbert", "random"):
         return tuple(round(i * (have - 1) / max(keep - 1, 1)) for i in range(keep))
+    if selection in ("bottom", "top"):
+        return tuple(range(keep)) if selection == "bottom" else tuple(range(have - keep, have))
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", selection):
-        raise InputError(f"student.layer-selection = {selection!r}: give `spaced` or layer numbers such as 0,2,5")
+        raise InputError(
+            f"student.layer-selection = {selection!r}: give {', '.join(SELECTIONS)} or layer numbers such as 0,2,5"
+        )
     layers = tuple(int(part) for part in selection.split(","))
     if list(layers) != sorted(set(layers)) or layers[-1] >= have:
         raise InputError(
@@ -84,37 +74,10 @@ def choose_layers(selection: str, keep: int, have: int) -> tuple[int, ...]:
     return layers
 
 
-def cut_student(teacher: Any, layers: tuple[int, ...], dropout: float = 0.0) -> Any:
-    """A student of the teacher's family: its embeddings, the chosen layers and its head, copied.
-
-    With all layers chosen and no dropout it computes what the teacher computes.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(layers)
-    for name in DROPOUTS:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, dropout)
-    with torch.random.fork_rng(devices=[]):  # the random weights drawn here are all overwritten
-        student = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    prefix = LAYERS[config.model_type]
-    kept = {}
-    for name, tensor in teacher.state_dict().items():
-        match = re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name)
-        if match is None:
-            kept[name] = tensor
-        elif int(match[1]) in layers:
-            kept[f"{prefix}.{layers.index(int(match[1]))}.{match[2]}"] = tensor
-    student.load_state_dict(kept, strict=True)
-    return student.eval()
-
-
 def freeze_embeddings(model: Any, train_embeddings: bool) -> dict[str, torch.nn.Parameter]:
     """Set what is trained and return it by name; frozen weights get no gradient and never travel."""
-    embeddings = f"{model.base_model_prefix}.embeddings."
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(train_embeddings or not name.startswith(embeddings))
+        parameter.requires_grad_(train_embeddings or not is_embedding(model, name))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -21,6 +21,7 @@ from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_EXAMPLES = 2**31 - 1  # of one client
+LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss")
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -40,6 +41,7 @@ class Instruction:
         feedback: for each of them the round of its last accepted update, where its error feedback stands; 0: none.
         teacher: folder of the teacher, and the hash of its weights.
         dataset: key of the prepared dataset.
+        student: key of the prepared student, and the hash of its weights as it was prepared.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
         host: the machine on which the scoreboard lies; no other looks for it.
@@ -53,6 +55,8 @@ class Instruction:
     teacher: str
     teacher_hash: str
     dataset: str
+    student: str
+    student_hash: str
     scoreboard: str = ""
     host: str = ""
 
@@ -77,6 +81,8 @@ class ClientLine:
     soft_loss: float | None = None
     hard_loss: float | None = None
     hidden_loss: float | None = None
+    cls_loss: float | None = None
+    relation_loss: float | None = None
     score: float | None = None
     problem: str = ""
 
@@ -311,7 +317,7 @@ def _check_line(line: ClientLine) -> None:
         raise WireError(f"{where}: problem is not a short text")
     if not _is_number(line.seconds) or line.seconds < 0:
         raise WireError(f"{where}: seconds is not a number from 0 up")
-    for name in ("loss", "soft_loss", "hard_loss", "hidden_loss", "score"):
+    for name in (*LOSSES, "score"):
         value = getattr(line, name)
         if value is not None and not _is_number(value):
             raise WireError(f"{where}: {name} is not a number")

@@ -25,7 +25,12 @@ from server.assignment import FIXED_EXAMPLES, assign
 from server.phase import Phase
 from server.preparation import Federation
 
-NAMES = {"query.teach": "teacher outputs", "train": "train", "evaluate": "score"}  # of the kinds of message, on screen
+NAMES = {
+    "query.teach": "teacher outputs",
+    "query.weigh": "weigh heads and neurons",
+    "train": "train",
+    "evaluate": "score",
+}  # of the kinds of message, on screen
 POLL_SECONDS = 0.1
 MISSES = 2  # phases in a row without any answer that make a node dead
 RETRY_MESSAGES = 16  # lost clients travel in ever smaller lists, until one that kills its worker is alone in its own
@@ -323,6 +328,8 @@ class Exchange:
             teacher=str(teacher.folder.resolve()),
             teacher_hash=teacher.hash,
             dataset=self.data.key,
+            student=self.federation.pupil.key,
+            student_hash=self.federation.pupil.hash,
             scoreboard=str(self._scoreboard),
             host=socket.gethostname(),
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from common.hashing import hash_tensors
 from common.models import count_parameters
+from common.slim import Shape
 from server.preparation import Federation
 
 PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "datasets", "flwr-datasets", "numpy")
@@ -72,17 +73,17 @@ def client_spread(scores: Sequence[float | None]) -> dict[str, float]:
 def summarise(federation: Federation, history: History, status: str, seconds: float) -> dict[str, Any]:
     """The contents of summary.json; ``seconds`` is the time of this process, preparation included."""
     data, metric = federation.data, federation.data.task.headline
-    student_size, teacher_size = count_parameters(federation.student), federation.teacher_parameters
+    student_size, teacher_size = count_parameters(federation.student), count_parameters(federation.lesson.model)
     teacher = {
         "params": teacher_size,
         "federated": history.teacher,
-        "validation": federation.teacher_validation,
+        "validation": federation.lesson.validation,
         "fine_tuned_on": federation.teacher.fine_tuned_on,
     }
     student = {
         "params": student_size,
         "params_ratio": student_size / teacher_size,
-        "layers": list(federation.layers),
+        "shape": _shape(federation.pupil.shape),
         "federated": history.student,
         "validation": history.validation,
     }
@@ -101,7 +102,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "student": student,
         "retention": {
             "federated": retention(history.student, history.teacher, metric),
-            "validation": retention(history.validation, federation.teacher_validation, metric),
+            "validation": retention(history.validation, federation.lesson.validation, metric),
         },
         "spread": history.spread,
         "privacy": privacy,
@@ -114,6 +115,16 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         },
         "student_sha256": hash_tensors(federation.student.state_dict()),
         "versions": _versions(),
+    }
+
+
+def _shape(shape: Shape) -> dict[str, Any]:
+    return {
+        "layers": list(shape.layers),
+        "heads": len(shape.heads[0]),
+        "neurons": len(shape.neurons[0]),
+        "pieces": shape.pieces,
+        "rank": shape.rank,
     }
 
 

@@ -8,6 +8,7 @@ from common.config import Config
 from common.dataset import load_tokenizer
 from common.errors import InputError, Interrupted, RunFailed
 from common.progress import Progress
+from common.slim import save_slim, widen
 from server.history import summarise, unprepared_summary
 from server.preparation import Federation
 from server.report import write_report
@@ -72,7 +73,12 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
 
 
 def save_student(federation: Federation, folder: RunFolder) -> None:
-    """Write student/, which plain transformers opens."""
-    target = folder.path / "student"
-    federation.student.to("cpu").save_pretrained(target)
-    load_tokenizer(federation.teacher.folder).save_pretrained(target)
+    """Write student/, which plain transformers opens, and slim/, its smaller form."""
+    pupil, tokenizer = federation.pupil, load_tokenizer(federation.pupil.folder)
+    model = pupil.model.to("cpu")
+    for name, save in (
+        ("slim", lambda target: save_slim(model, pupil.shape, target)),
+        ("student", lambda target: widen(model, pupil.shape).save_pretrained(target)),
+    ):
+        save(folder.path / name)
+        tokenizer.save_pretrained(folder.path / name)

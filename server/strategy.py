@@ -20,22 +20,22 @@ from flwr.serverapp.strategy import Strategy
 from common.compression import wire_for
 from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
+from common.importance import MOST
 from common.metrics import check_statistics, scores, statistics_length
 from common.progress import Progress
-from common.wire import ClientLine, unpack_lines, unpack_sums
+from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import Rejected, RunningSum
 from server.assignment import pick_cohort
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.exchange import NAMES, Exchange, StreamingGrid
 from server.history import History, client_spread, retention
-from server.intake import Intake, intake_for
+from server.intake import Intake, Summed, intake_for
 from server.phase import Phase
 from server.preparation import Federation
 from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
+from server.student import Width, choose_width, narrow_student, random_width
 from server.validation import validate
-
-LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss")
 
 
 class FederatedDistillation(Strategy):
@@ -60,12 +60,13 @@ class FederatedDistillation(Strategy):
         self.federation, self.config, self.data = federation, federation.config, federation.data
         self.folder, self.progress, self.nodes = folder, progress, nodes
         self.history = History()
-        self.weights = federation.weights
+        self.weights = federation.weights()
         self.optimizer: dict[str, Any] = {}
         self.continued = False  # from a checkpoint, perhaps the one before round 1
         self.done = 0  # rounds that this checkpoint holds
         self.cohort: tuple[int, ...] = ()
         self.taught: set[int] = set()
+        self.width: Width | None = None  # heads and neurons that were kept; None: all
         self.grid: Any = None
         self.exchange = Exchange(
             federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang
@@ -83,6 +84,7 @@ class FederatedDistillation(Strategy):
         streaming: Any = StreamingGrid(grid, self.exchange.tick)
         try:
             self.exchange.wait_for_nodes(streaming, self.nodes)
+            self._narrow(streaming)
             self.start(
                 grid=streaming,
                 initial_arrays=ArrayRecord(),  # the arrays live here; Flower's copy stays empty
@@ -92,6 +94,35 @@ class FederatedDistillation(Strategy):
             )
         finally:
             self.exchange.close()
+
+    def _narrow(self, grid: Any) -> None:
+        """Before round 1: keep the heads and neurons that the clients say matter most, the same for all of them."""
+        keys = self.config.student
+        if self.continued or not (keys.heads or keys.neurons):
+            return
+        pupil = self.federation.pupil
+        if keys.width_selection == "random":
+            self._keep(random_width(self.config, pupil.shape))
+            return
+        cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, 0)
+        self._teach(0, cohort, grid)
+        shapes = {name: np.shape(getattr(pupil.shape, name)) for name in ("heads", "neurons")}
+        intake = Summed(shapes, {client: min(size, MOST) for client, size in self.exchange.sizes.items()})
+        messages = self._ask("query.weigh", 0, cohort, grid)
+        replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
+        phase = self.exchange.collect(grid, replies, intake.take)
+        self._count(phase)
+        self._check_losses(phase)
+        self._keep(choose_width(self.config, **intake.update()))
+        self.folder.add_line({"round": 0, "phase": "weigh", "clients": len(intake.lines), **phase.faults()})
+
+    def _keep(self, width: Width) -> None:
+        """Go on with the narrower student."""
+        federation, self.width = self.federation, width
+        pupil = narrow_student(self.config, federation.lesson, federation.pupil, width, self.progress)
+        pupil.model.to(federation.compute.device)
+        federation.pupil = pupil
+        self.weights = federation.weights()
 
     # --- what Flower calls, in this order; it counts rounds from where this process began ---------
 
@@ -204,7 +235,11 @@ class FederatedDistillation(Strategy):
             return None  # the checkpoint that this run continues from has it
         history = self.history
         history.validation = validate(
-            self.federation.student, self.data, self.federation.compute, self.progress, self.exchange.tick
+            self.federation.student,
+            self.federation.pupil.data,
+            self.federation.compute,
+            self.progress,
+            self.exchange.tick,
         )
         self.folder.add_line({"round": number, "phase": "validation", "student": history.validation})
         self.save(number)
@@ -229,6 +264,7 @@ class FederatedDistillation(Strategy):
             "taught": sorted(self.taught),
             "feedback": sorted(self.exchange.feedback.items()),
             "journals": self.folder.lengths(),
+            "width": self.width,
             **self._identity(),
         }
         checkpoint = Checkpoint(number, self.weights, self.optimizer, state)
@@ -236,12 +272,14 @@ class FederatedDistillation(Strategy):
 
     def _continue(self) -> None:
         """Take up the last whole checkpoint; without one the run begins anew in its folder."""
-        shapes = {name: array.shape for name, array in self.weights.items()}
-        found = load_latest(self.folder.checkpoints, shapes, self.progress.line)
+        found = load_latest(self.folder.checkpoints, self.federation.final_shapes(), self.progress.line)
         if found is None:
             self.folder.cut_back({})
             self.progress.line("no checkpoint yet: the run begins at round 1")
             return
+        if found.state["width"]:
+            heads, neurons = found.state["width"]
+            self._keep((tuple(map(tuple, heads)), tuple(map(tuple, neurons))))
         for name, now in self._identity().items():
             if found.state.get(name) != now:
                 raise InputError(
@@ -263,6 +301,7 @@ class FederatedDistillation(Strategy):
         return {
             "data": self.data.key,
             "teacher": teacher.hash,
+            "student": self.federation.pupil.hash,
             "device": self.federation.compute.name,
             "runtime": runtime_fingerprint(teacher.folder, self.config.runtime.threads),
         }

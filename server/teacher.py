@@ -19,10 +19,11 @@ from common.corpus import labelled
 from common.dataset import FederatedDataset, load_tokenizer, tokenizer_hash
 from common.device import choose_compute
 from common.errors import InputError
+from common.families import FAMILIES, check_family
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
 from common.losses import hard_labels, score_error
-from common.models import check_family, load_teacher, set_training
+from common.models import load_teacher, set_training
 from common.partition import Index
 from common.progress import Progress
 from common.seeding import generator, seed_for
@@ -91,7 +92,7 @@ def find_teacher(model: str) -> TeacherSource:
     except Exception as error:
         raise InputError(f"{where}: config.json does not load ({type(error).__name__})") from None
     check_family(config, where)
-    head = config.num_labels if _has_head(files, where) else 0
+    head = config.num_labels if _has_head(files, FAMILIES[config.model_type].classifier, where) else 0
     # RoBERTa counts positions from behind its padding piece
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     labels = tuple(str(config.id2label[number]).lower() for number in range(head))
@@ -188,7 +189,7 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
                 logits = model(**inputs).logits
             loss = (
                 score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
-            )
+            ).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -241,7 +242,7 @@ def _locate(model: str) -> Path:
     return fetch_folder(model, "model", MODEL_FILES, "teacher.model")
 
 
-def _has_head(files: list[Path], where: str) -> bool:
+def _has_head(files: list[Path], classifier: str, where: str) -> bool:
     try:
         names = set()
         for path in files:
@@ -249,4 +250,4 @@ def _has_head(files: list[Path], where: str) -> bool:
                 names.update(weights.keys())
     except (SafetensorError, OSError) as error:
         raise InputError(f"{where}: {path.name} is not a readable safetensors file ({type(error).__name__})") from None
-    return any(name.startswith("classifier.") for name in names)
+    return any(name.startswith(f"{classifier}.") for name in names)

@@ -149,7 +149,7 @@ def _runners(
     runners: dict[str, Callable[[], Lap]] = {}
     if FLOOR in arms or PER_CORE in arms:
         soft = _teacher_logits(federation, cohort)
-        plan = Plan(federation.config, federation.data.key, federation.student, tuple(federation.weights), soft)
+        plan = Plan(federation.config, federation.data.key, federation.student, tuple(federation.weights()), soft)
     if FLOOR in arms:
         runners[FLOOR] = OneProcess(plan, CORES).lap
     if PER_CORE in arms:
@@ -179,7 +179,10 @@ def _lap_folder() -> Iterator[Path]:
 
 def _teacher_logits(federation: Federation, cohort: tuple[int, ...]) -> dict[int, NDArray[np.float32]]:
     teacher = federation.teacher
-    worker = Worker(federation.config, str(teacher.folder), teacher.hash, federation.data.key)
+    worker = Worker(
+        federation.config, teacher=str(teacher.folder), teacher_hash=teacher.hash, dataset=federation.data.key,
+        student=federation.pupil.key, student_hash=federation.pupil.hash,
+    )  # fmt: skip
     logits = {client: worker.teacher_logits(federation.data.shard(client).train) for client in cohort}
     torch.set_num_threads(CORES)  # a worker sets its own number
     return logits
@@ -193,7 +196,7 @@ def _federated_lap(federation: Federation) -> Lap:
         simulate(config, run, quiet=True)
         examples, seconds, busy = _training_phase(run, ROUND + 1)
         trained = _weights_after(run, ROUND)
-    update = {name: trained[name] - array for name, array in federation.weights.items()}
+    update = {name: trained[name] - array for name, array in federation.weights().items()}
     return Lap(seconds, busy, examples * config.client.epochs, update)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.errors import InputError
-from server.preparation import prepare_lesson
+from server.lesson import prepare_lesson
 from server.teacher import find_teacher
 from simulations.display import console_on, progress_for
 

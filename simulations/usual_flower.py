@@ -173,7 +173,7 @@ def usual_lap(federation: Federation, cohort: tuple[int, ...], actors: int, fold
         str(folder / "student"),
         cohort,
     )
-    start = ArrayRecord({name: torch.from_numpy(array) for name, array in federation.weights.items()})
+    start = ArrayRecord({name: torch.from_numpy(array) for name, array in federation.weights().items()})
     server_app, outcome = ServerApp(), list[Any]()
 
     @server_app.main()
@@ -214,6 +214,6 @@ def _lap(strategy: TimedFedAvg, outcome: list[Any], federation: Federation, acto
         where = f"{type(found).__name__}{place_of(found)}, see {folder / 'log.txt'}"
         raise RunFailed(f"usual Flower app: {where}") from None
     weights = found.arrays.to_torch_state_dict()
-    update = {name: weights[name].float().numpy() - array for name, array in federation.weights.items()}
+    update = {name: weights[name].float().numpy() - array for name, array in federation.weights().items()}
     examples = strategy.examples * federation.config.client.epochs
     return Lap(strategy.seconds, strategy.busy / min(actors, strategy.min_train_nodes), examples, update)

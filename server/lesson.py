@@ -1,0 +1,54 @@
+"""The lesson of a run: its data, and the teacher that fits them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Config
+from common.dataset import FederatedDataset, prepare_dataset
+from common.device import Compute, choose_compute
+from common.errors import InputError
+from common.models import load_teacher
+from common.progress import Progress
+from common.store import cache_folder
+from server.robust import check_byzantine
+from server.teacher import Teacher, TeacherSource, check_head, check_length, prepare_teacher
+from server.validation import validate
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The data of a run and a teacher that fits it, with the model and its scores on public validation."""
+
+    data: FederatedDataset
+    teacher: Teacher
+    model: Any
+    validation: dict[str, float]
+    compute: Compute
+
+
+def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) -> Lesson:
+    """Read and cut the data, take or fine-tune the teacher, score it.
+
+    Raises:
+        InputError: a key, a file or the combination of both is wrong.
+    """
+    compute = choose_compute(config.runtime.device, config.client.precision)
+    check_length(source, config.data.max_length)
+    cache = cache_folder(config.runtime.cache)
+    data = prepare_dataset(config, source.folder, cache, progress)
+    check_clients(config, data)
+    check_head(source, data.task, len(data.public))
+    teacher = prepare_teacher(config, source, data, cache, progress)
+    model = load_teacher(teacher.folder).to(compute.device)
+    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute)
+
+
+def check_clients(config: Config, data: FederatedDataset) -> None:
+    """Raise `InputError` when the cohort is larger than the clients that take part, or too small for the rule."""
+    ready = len(data.eligible)
+    if config.server.cohort > ready:
+        raise InputError(
+            f"server.cohort = {config.server.cohort}: {ready} of {data.clients} clients hold data.min-examples = "
+            f"{config.data.min_examples} private examples; give a smaller cohort, fewer clients or a smaller minimum"
+        )
+    check_byzantine(config.server.strategy, config.server.cohort or ready, config.server.byzantine)

@@ -1,0 +1,224 @@
+"""The student before round 1: its shape chosen, cut from the teacher, warmed up on public text, kept in the cache.
+
+Like the teacher it is known by what it depends on, and is there for the next run of the same keys. Workers open it
+by its key and compare its weights with the hash.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.config import Config
+from common.corpus import labelled
+from common.dataset import load_tokenizer, tokenizer_hash
+from common.distillation import Examples, Student, learn, make_recipe, relation_heads
+from common.errors import InputError
+from common.families import head_count, neuron_count
+from common.hashing import hash_json, runtime_fingerprint
+from common.inference import predict
+from common.models import choose_layers, count_parameters, freeze_embeddings
+from common.progress import Progress
+from common.pupil import Pupil, open_pupil, save_pupil
+from common.seeding import generator, seed_for
+from common.slim import Numbers, Shape, build, cut_student, narrow
+from common.store import build_folder, cache_folder
+from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from server.lesson import Lesson
+
+WARM = (0, -1)  # round and client of the warm start: what its random choices come from
+Width = tuple[Numbers, Numbers]  # heads and neurons kept of each layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A student that is to be made.
+
+    Attributes:
+        depends: what it depends on besides its shape and its teacher.
+        cut: given a folder, writes the tokenizer there and returns the module as it is before the warm start.
+        own_pieces: whether it cuts text in another way than the teacher.
+    """
+
+    shape: Shape
+    depends: dict[str, Any]
+    cut: Callable[[Path], Any]
+    own_pieces: bool
+
+
+def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil:
+    """Cut the student from its teacher and warm it up, or open it where that was done before.
+
+    Raises:
+        InputError: a key asks for more than the teacher has.
+    """
+    teacher, model = lesson.teacher, lesson.model
+    keys = config.student
+    layers = choose_layers(keys.layer_selection, keys.layers, model.config.num_hidden_layers)
+    tokenizer = load_tokenizer(teacher.folder)
+    pieces = _pieces(config, lesson, tokenizer, layers)
+    shape = replace(
+        Shape.whole(model.config, layers), pieces=len(pieces) or model.config.vocab_size, rank=keys.embedding_rank
+    )
+    check_width(config, shape, model.config)
+
+    def cut(folder: Path) -> Any:
+        torch.manual_seed(seed_for(config.seed, "student"))
+        if pieces:
+            save_trimmed(teacher.folder, pieces, folder)
+        else:
+            tokenizer.save_pretrained(folder)
+        return cut_student(model, shape, pieces=pieces, dropout=keys.dropout, random=keys.layer_selection == "random")
+
+    depends = {"pieces": pieces, "random": keys.layer_selection == "random"}
+    return _made(config, lesson, progress, Plan(shape, depends, cut, own_pieces=bool(pieces)))
+
+
+def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, progress: Progress) -> Pupil:
+    """Keep these heads and neurons of each layer, and warm the student up again."""
+    heads, neurons = width
+
+    def cut(folder: Path) -> Any:
+        load_tokenizer(wide.folder).save_pretrained(folder)
+        student = copy.deepcopy(wide.model).to("cpu")
+        narrow(student, heads, neurons)
+        return student
+
+    depends = {"wide": wide.key, "heads": heads, "neurons": neurons}
+    shape = replace(wide.shape, heads=heads, neurons=neurons)
+    return _made(config, lesson, progress, Plan(shape, depends, cut, own_pieces=wide.taught is not None))
+
+
+def choose_width(config: Config, heads: NDArray[np.float64], neurons: NDArray[np.float64]) -> Width:
+    """For each layer the heads and neurons that matter most, (layers, number), the most important first."""
+    return _best(heads, config.student.heads), _best(neurons, config.student.neurons)
+
+
+def random_width(config: Config, shape: Shape) -> Width:
+    """The control: any heads and neurons matter."""
+    rng = generator(config.seed, "width")
+    return choose_width(config, *(rng.random((len(part), len(part[0]))) for part in (shape.heads, shape.neurons)))
+
+
+def check_width(config: Config, shape: Shape, teacher: Any) -> None:
+    """Raise `InputError` unless the student is no larger than its teacher in any direction."""
+    keys = config.student
+    for name, asked, most in (
+        ("heads", keys.heads, head_count(teacher)),
+        ("neurons", keys.neurons, neuron_count(teacher)),
+        ("embedding-rank", keys.embedding_rank, min(teacher.hidden_size, shape.pieces)),
+    ):
+        if asked > most:
+            raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
+    relation_heads(config.distill.relation_heads, narrowed(config, shape), teacher)
+
+
+def narrowed(config: Config, shape: Shape) -> Shape:
+    """The shape with as many heads and neurons as the student will have, whichever these are."""
+    heads = tuple(kept[: config.student.heads or None] for kept in shape.heads)
+    return replace(shape, heads=heads, neurons=tuple(kept[: config.student.neurons or None] for kept in shape.neurons))
+
+
+def _best(importance: NDArray[np.float64], keep: int) -> Numbers:
+    """For each layer its most important parts, first the most important; among equals the lower number."""
+    order = np.argsort(-importance, axis=1, kind="stable")
+    return tuple(tuple(row[: keep or None].tolist()) for row in order)
+
+
+def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, ...]) -> list[int]:
+    """The teacher's numbers of the student's pieces; none: all of them."""
+    data, model = lesson.data, lesson.model
+    keys = config.student
+    keep = keys.vocabulary or (_fitting(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0)
+    if not keep:
+        return []
+    tokens = data.train.tokens
+    rows = np.asarray(data.public)
+    spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
+    counts = np.bincount(np.concatenate([*spans, np.zeros(0, np.int32)]), minlength=model.config.vocab_size)
+    return choose_pieces(tokenizer, counts, keep)
+
+
+def _fitting(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
+    """How many pieces bring the student to its share of the teacher's parameters."""
+    keys, teacher = config.student, model.config
+    base = narrowed(config, Shape.whole(teacher, layers))
+    plan = type(teacher).from_dict({**teacher.to_dict(), "num_hidden_layers": len(layers)})
+    with torch.device("meta"):
+        width = keys.embedding_rank or int(model.get_input_embeddings().embedding_dim)
+        rest = count_parameters(build(plan, replace(base, rank=keys.embedding_rank))) - teacher.vocab_size * width
+    target = keys.target_ratio * count_parameters(model)
+    keep = min(int((target - rest) // width), teacher.vocab_size)
+    if keep < fewest:
+        least = (rest + fewest * width) / count_parameters(model)
+        raise InputError(
+            f"student.target-ratio = {keys.target_ratio}: this student has {least:.3f} of the teacher's parameters at "
+            "least; give fewer student.layers, heads or neurons, or a student.embedding-rank"
+        )
+    return 0 if keep == teacher.vocab_size else keep
+
+
+def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:
+    """Make the student in the cache unless it is there, and open it."""
+    data, teacher, cache = lesson.data, lesson.teacher, cache_folder(config.runtime.cache)
+    warm = config.student.warm_epochs > 0 and len(data.public) > 0
+    key = hash_json(
+        {
+            "teacher": teacher.hash,
+            "tokenizer": tokenizer_hash(teacher.folder),
+            "dropout": config.student.dropout,
+            "seed": config.seed,
+            **plan.depends,
+            "shape": asdict(plan.shape),
+            "warm": _warm_key(config, lesson) if warm else None,
+            **runtime_fingerprint(teacher.folder, torch.get_num_threads()),
+        }
+    )[:32]
+    target = cache / "students" / key
+    with build_folder(target) as draft:
+        if draft is not None:
+            save_pupil(plan.cut(draft), plan.shape, draft, own_pieces=plan.own_pieces)
+            if warm:
+                pupil = open_pupil(draft, data, cache, progress)
+                warm_up(config, lesson, pupil, progress)
+                save_pupil(pupil.model, plan.shape, draft, own_pieces=plan.own_pieces)
+    return open_pupil(target, data, cache, progress)
+
+
+def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
+    data = lesson.data
+    public = np.asarray(data.public)
+    return {
+        "keys": [config.student.warm_epochs, config.student.warm_lr, config.student.train_embeddings],
+        "distill": config.distill.model_dump(),
+        "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
+        "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
+        "compute": lesson.compute.name,
+    }
+
+
+def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) -> None:
+    """Distil on the public split, in place; its labels are used where it has them all."""
+    data, model, compute = lesson.data, lesson.model, lesson.compute
+    keys, rows = config.student, np.asarray(data.public)
+    student = pupil.model.to(compute.device)
+    model.to(compute.device)
+    with progress.step(f"teacher outputs for {len(rows):,} public examples", len(rows)) as bar:
+        soft = predict(model, data.train.tokens, rows, compute, bar.advance)
+    recipe = make_recipe(config, 1, pupil.shape, model.config, data.task.regression)
+    recipe = replace(recipe, epochs=keys.warm_epochs, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
+    if not labelled(data.train.labels[rows]).all():
+        recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
+    trained = freeze_embeddings(student, keys.train_embeddings)
+    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
+        learn(
+            Student.of(student, trained), weights, Examples(pupil.data.train, rows, soft, pupil.taught),
+            recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
+        )  # fmt: skip
+    student.to("cpu").eval()
