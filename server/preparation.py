@@ -55,11 +55,14 @@ class Federation:
         trained = freeze_embeddings(self.student, self.config.student.train_embeddings)
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in trained.items()}
 
-    def final_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the trained arrays, once the student has the width that the keys ask for."""
+    def final_student(self) -> Any:
+        """An empty student of the width that the keys ask for, and that this one gets before round 1."""
         with torch.device("meta"):
-            empty = build(self.student.config, narrowed(self.config, self.pupil.shape))
-        trained = freeze_embeddings(empty, self.config.student.train_embeddings)
+            return build(self.student.config, narrowed(self.config, self.pupil.shape))
+
+    def final_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its trained arrays."""
+        trained = freeze_embeddings(self.final_student(), self.config.student.train_embeddings)
         return {name: tuple(parameter.shape) for name, parameter in trained.items()}
 
 

@@ -135,6 +135,22 @@ def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     note = f", {left_out} left out with too few examples of their own" if left_out else ""
     cohort = config.server.cohort or len(data.eligible)
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
+    progress.line(_student_line(federation))
+
+
+def _student_line(federation: Any) -> str:
+    """The student that the keys ask for, as `student.target-ratio` may have chosen it."""
+    from common.models import count_parameters
+
+    keys, shape = federation.config.student, federation.pupil.shape
+    size, whole = count_parameters(federation.final_student()), count_parameters(federation.lesson.model)
+    parts = [
+        f"layers {', '.join(map(str, shape.layers))}",
+        f"{keys.heads or len(shape.heads[0])} heads",
+        f"{keys.neurons or len(shape.neurons[0]):,} neurons",
+        f"{shape.pieces:,} word pieces" + (f" of rank {shape.rank}" if shape.rank else ""),
+    ]
+    return f"student: {', '.join(parts)}; {size:,} parameters, {size / whole:.1%} of its teacher's"
 
 
 def _show(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:
