@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import InputError
+from common.tiers import Size, read_sizes
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
@@ -95,6 +96,25 @@ class StudentKeys(_Section):
     warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
     train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
+    tiers: str = Field(
+        "",
+        description="smaller students inside the whole one, smallest first, and the share of clients that hold each: "
+        "LAYERS/HEADS/NEURONS@SHARE, comma between, e.g. 1/4/256@0.5,2/6/512@0.3 (0 heads or neurons: as many as the "
+        "whole); the other clients hold the whole; empty: all do",
+    )
+    tier_mode: Literal["nested", "sliced", "exclusive"] = Field(
+        "nested",
+        description="nested: each depth has its own exit, a client teaches the smaller students inside its own; sliced: "
+        "plain beginnings of the whole student; exclusive: as sliced, but only clients that hold the whole train",
+    )
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The smaller students of `tiers`."""
+        try:
+            return read_sizes(self.tiers, (self.layers, self.heads, self.neurons))
+        except ValueError as error:
+            raise ValueError(f"student.tiers = {self.tiers!r}: {error}") from None
 
 
 class DistillKeys(_Section):
@@ -121,6 +141,10 @@ class DistillKeys(_Section):
     )
     relation_layers: str = Field("last", description="layers whose relations are compared, as `hidden-layers`")
     relation_heads: int = Field(0, ge=0, le=1024, description="relation heads; 0: as many as both models' heads allow")
+    self_weight: Weight = Field(
+        1.0,
+        description="with `student.tiers` and nested: weight of KL(a client's student, each smaller one inside it)",
+    )
 
 
 class ClientKeys(_Section):
@@ -270,9 +294,21 @@ class Config(_Section):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
+        if self.student.sizes:
+            self._what_tiers_allow()
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
+
+    def _what_tiers_allow(self) -> None:
+        against = _needs_own_updates(self.server.model_dump(by_alias=True))
+        against += ["server.packing = 'off'"] if self.server.packing == "off" else []
+        against += ["student.train-embeddings = true"] if self.student.train_embeddings else []
+        if against:
+            raise ValueError(
+                f"student.tiers = {self.student.tiers!r}: clients of each tier are added up by themselves, "
+                f"{against[0]} does not fit that; give one of them"
+            )
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""

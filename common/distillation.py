@@ -9,7 +9,7 @@ squared errors. Clients train with it on their own text, the server on public te
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,8 @@ from common.seeding import generator, seed_for
 from common.slim import Shape
 from common.tokens import Tokens
 
-PARTS = ("soft", "hard", "hidden", "cls", "relation")  # of the loss
-DEEP = PARTS[2:]  # need the teacher itself beside the student
+PARTS = ("soft", "hard", "hidden", "cls", "relation", "self")  # of the loss
+DEEP = PARTS[2:5]  # need the teacher itself beside the student
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
 
 
@@ -45,6 +45,7 @@ class Student:
         optimizer: their AdamW.
         updates: where the differences that training makes are put, by name.
         words: name of the word embedding where it is trained, else empty.
+        smaller: the students inside it that it teaches; see `common.nested`.
     """
 
     model: Any
@@ -52,13 +53,14 @@ class Student:
     optimizer: torch.optim.AdamW
     updates: dict[str, Tensor]
     words: str
+    smaller: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, trained: dict[str, torch.nn.Parameter]) -> "Student":
+    def of(cls, model: Any, trained: dict[str, torch.nn.Parameter], smaller: tuple[Any, ...] = ()) -> "Student":
         table = model.get_input_embeddings().weight
         words = next((name for name, parameter in trained.items() if parameter is table), "")
         updates = {name: torch.empty_like(parameter) for name, parameter in trained.items() if name != words}
-        return cls(model, trained, torch.optim.AdamW(trained.values(), fused=True), updates, words)
+        return cls(model, trained, torch.optim.AdamW(trained.values(), fused=True), updates, words, smaller)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ def begin(
                 tensor.zero_()
     optimizer.param_groups[0].update(params=list(trained.values()), lr=recipe.lr, weight_decay=recipe.weight_decay)
     optimizer.zero_grad(set_to_none=True)
-    set_training(student.model)
+    for model in (student.model, *(one.model for one in student.smaller)):
+        set_training(model)
     device = next(iter(weights.values())).device
     totals = torch.zeros(1 + len(PARTS), dtype=torch.float64, device=device)
     return Learning(student, trained, start, pieces, totals)
@@ -238,6 +241,8 @@ def step(state: Learning, batch: Batch, *, recipe: Recipe, compute: Compute, tea
     loss = torch.stack([recipe.weights[name] * part for name, part in parts.items() if name in DEEP]).sum() + _outer(
         parts["soft"], parts["hard"], batch, recipe
     )
+    if state.student.smaller:
+        loss = loss + recipe.weights["self"] * parts["self"]
     state.student.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if recipe.proximal > 0:
@@ -364,6 +369,11 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)
     parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)
+    if state.student.smaller:
+        with compute.autocast():
+            found = [one(own).float() for one in state.student.smaller]
+        target = replace(batch, soft=logits.detach(), hard=None)
+        parts["self"] = torch.stack([output_losses(one, target, recipe)[0].mean() for one in found]).sum()
     if not recipe.deep:
         return parts
     with (

@@ -20,6 +20,7 @@ class Family:
         up, down: the two products of the feed-forward network; its neurons lie in between.
         embeddings: where everything lies that turns pieces into vectors.
         classifier: where the task's head lies.
+        norm: in a layer, the norm that its output leaves it through; empty where layers end in a sum.
         width: name of the feed-forward width in the configuration.
     """
 
@@ -30,6 +31,7 @@ class Family:
     down: str
     embeddings: tuple[str, ...]
     classifier: str = "classifier"
+    norm: str = ""
     width: str = "intermediate_size"
 
 
@@ -41,6 +43,7 @@ def _encoder(name: str, embeddings: tuple[str, ...] = ("embeddings",)) -> Family
         up="intermediate.dense",
         down="output.dense",
         embeddings=tuple(f"{name}.{part}" for part in embeddings),
+        norm="output.LayerNorm",
     )
 
 
@@ -55,6 +58,7 @@ FAMILIES = {
         up="ffn.lin1",
         down="ffn.lin2",
         embeddings=("distilbert.embeddings",),
+        norm="output_layer_norm",
         width="hidden_dim",
     ),
     "gpt2": Family(
@@ -91,6 +95,20 @@ def layers_of(model: Any) -> nn.ModuleList:
 def is_embedding(model: Any, name: str) -> bool:
     """Whether a weight of this name turns pieces into vectors."""
     return name.startswith(tuple(f"{part}." for part in family_of(model).embeddings))
+
+
+def is_exit(model: Any, name: str) -> bool:
+    """Whether a weight of this name stands between the last layer and the logits, that layer's own norm included."""
+    family = family_of(model)
+    last = f"{family.layers}.{model.config.num_hidden_layers - 1}.{family.norm}."
+    inside = name.startswith(f"{family.layers}.") and not (family.norm and name.startswith(last))
+    return not inside and not is_embedding(model, name)
+
+
+def side_by_side(model: Any, name: str) -> int:
+    """How many products stand side by side in the last dimension of a weight: queries, keys and values, or one."""
+    family = family_of(model)
+    return 3 if len(family.heads) == 1 and f".{family.heads[0]}." in name else 1
 
 
 def head_count(config: Any) -> int:

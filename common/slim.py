@@ -11,7 +11,7 @@ with the same logits: factors multiplied out, missing heads filled up with zeros
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.families import check_family, family_of, head_count, layers_of, neuron_count, renumbered
+from common.families import (
+    check_family,
+    family_of,
+    head_count,
+    layers_of,
+    neuron_count,
+    renumbered,
+    side_by_side,
+)
 from common.models import DROPOUTS
 
 Numbers = tuple[tuple[int, ...], ...]
@@ -48,6 +56,15 @@ class Shape:
         """All of these layers of a model with this configuration."""
         heads, neurons = tuple(range(head_count(config))), tuple(range(neuron_count(config)))
         return cls(layers, (heads,) * len(layers), (neurons,) * len(layers), int(config.vocab_size))
+
+    def beginning(self, layers: int, heads: int, neurons: int) -> "Shape":
+        """The first layers, and the first heads and neurons of each; 0 heads or neurons: all."""
+        return replace(
+            self,
+            layers=self.layers[:layers],
+            heads=tuple(kept[: heads or None] for kept in self.heads[:layers]),
+            neurons=tuple(kept[: neurons or None] for kept in self.neurons[:layers]),
+        )
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Shape":
@@ -128,8 +145,7 @@ def widen(student: Any, shape: Shape) -> Any:
         (name,) = (name for name, tensor in student.named_parameters() if tensor is words.weight)
         state[name] = words.weight.detach() @ words.project.weight.detach().T
     for name, target in plain.state_dict().items():
-        fused = 3 if len(family.heads) == 1 and f".{family.heads[0]}." in name else 1
-        target.copy_(_padded(state[name], target.shape, fused))
+        target.copy_(_padded(state[name], target.shape, side_by_side(student, name)))
     return plain.eval()
 
 
@@ -222,7 +238,18 @@ def _keep_inputs(product: Any, index: Tensor) -> None:
 
 def _padded(source: Tensor, shape: Sequence[int], fused: int) -> Tensor:
     """The tensor with zeros behind it in every dimension; of ``fused`` ones side by side, behind each."""
-    target = torch.zeros(*shape[:-1], fused, shape[-1] // fused)
-    parts = source.reshape(*source.shape[:-1], fused, source.shape[-1] // fused)
-    target[tuple(slice(size) for size in parts.shape)] = parts
-    return target.reshape(shape)
+    target = torch.zeros(*shape)
+    begun = beginning(target, source.shape, fused)
+    begun.copy_(source.reshape(begun.shape))
+    return target
+
+
+def beginning(whole: Any, shape: Sequence[int], fused: int = 1) -> Any:
+    """A view of what a smaller student holds of an array, as (..., fused, last / fused); NumPy's or torch's.
+
+    Args:
+        shape: that of the smaller student's array.
+        fused: how many products stand side by side in the last dimension; the beginning of each is held.
+    """
+    split = whole.reshape(*whole.shape[:-1], fused, whole.shape[-1] // fused)
+    return split[tuple(slice(size) for size in (*shape[:-1], fused, shape[-1] // fused))]

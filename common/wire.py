@@ -21,7 +21,7 @@ from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_EXAMPLES = 2**31 - 1  # of one client
-LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss")
+LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss")
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -83,6 +83,7 @@ class ClientLine:
     hidden_loss: float | None = None
     cls_loss: float | None = None
     relation_loss: float | None = None
+    self_loss: float | None = None
     score: float | None = None
     problem: str = ""
 
@@ -152,18 +153,29 @@ def unpack_sums(content: RecordDict, expected: Mapping[str, Shapes]) -> dict[str
 
 def unpack_update(content: RecordDict, shapes: Shapes) -> dict[str, NDArray[np.int64] | Rows]:
     """The sum of a node's updates, int64: whole arrays, or some of their rows. Raises `WireError` as `unpack_sums`."""
-    _only(content, {"update"})
-    record = content.get("update")
+    return unpack_updates(content, {"update": shapes})["update"]
+
+
+def unpack_updates(
+    content: RecordDict, expected: Mapping[str, Shapes]
+) -> dict[str, dict[str, NDArray[np.int64] | Rows]]:
+    """Such sums by the name of their record."""
+    _only(content, set(expected))
+    return {group: _some_update(content, group, shapes) for group, shapes in expected.items()}
+
+
+def _some_update(content: RecordDict, group: str, shapes: Shapes) -> dict[str, NDArray[np.int64] | Rows]:
+    record = content.get(group)
     if not isinstance(record, ArrayRecord):
-        raise WireError("record 'update': not there or no arrays")
+        raise WireError(f"record {group!r}: not there or no arrays")
     index = {
-        name: _row_numbers(record[f"{name}|rows"], f"update/{name}|rows", shape)
+        name: _row_numbers(record[f"{name}|rows"], f"{group}/{name}|rows", shape)
         for name, shape in shapes.items()
         if f"{name}|rows" in record
     }
     some = {f"{name}|rows": rows.shape for name, rows in index.items()}
     whole = {name: (len(index[name]), *shape[1:]) if name in index else shape for name, shape in shapes.items()}
-    arrays = _arrays(content, "update", {**whole, **some}, np.dtype(np.int64))
+    arrays = _arrays(content, group, {**whole, **some}, np.dtype(np.int64))
     return {name: Rows(index[name], arrays[name]) if name in index else arrays[name] for name in shapes}
 
 

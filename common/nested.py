@@ -1,0 +1,182 @@
+"""Nested students: the models of a mixed federation's tiers, as beginnings of one set of shared arrays.
+
+A tier's model is a plain slim student: the first layers of the whole one, the first heads and neurons of each. Its
+arrays are beginnings of the shared ones (HeteroFL, Diao et al. 2021, https://arxiv.org/abs/2010.01264). In mode
+``nested`` each smaller depth has an exit of its own, the last layer's norm and the task's head, kept among the shared
+arrays as ``exits.DEPTH.NAME``; and who trains a larger student teaches those inside it with its own outputs (DepthFL,
+Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place distillation, Yu and Huang 2019,
+https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under its own names.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from common.config import Config
+from common.distillation import Recipe, Student, relation_heads
+from common.families import family_of, is_exit, side_by_side
+from common.models import freeze_embeddings
+from common.slim import Shape, beginning, build
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One size of student.
+
+    Attributes:
+        names: of the shared array that each trained weight of the model is a beginning of.
+        held: shapes of all that its clients train, by the shared arrays' names: its own, and the exits inside it.
+    """
+
+    shape: Shape
+    model: Any
+    names: Mapping[str, str]
+    held: Shapes
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A smaller student that computes with the beginnings of a larger one's weights.
+
+    Attributes:
+        model: gives the structure, and the weights that are not trained.
+        weights: the larger one's, by the name of the smaller one's own that each stands for.
+    """
+
+    model: Any
+    weights: Mapping[str, nn.Parameter]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(batch, num_labels) logits; gradients flow into the larger student's weights."""
+        views = {
+            name: beginning(self.weights[name], own.shape, side_by_side(self.model, name)).reshape(own.shape)
+            for name, own in self.model.named_parameters()
+            if name in self.weights
+        }
+        logits: Tensor = functional_call(self.model, views, kwargs=dict(inputs)).logits
+        return logits
+
+
+class Tiers:
+    """The students of all tiers, smallest first, the whole one last.
+
+    Args:
+        whole: the whole student; the others are made where it lies and share its embeddings.
+        shape: its shape.
+
+    Attributes:
+        teaches: whether who trains a larger student trains those inside it, too.
+        shapes: of all shared arrays.
+        fused: of each of them how many products stand side by side in its last dimension.
+    """
+
+    def __init__(self, config: Config, whole: Any, shape: Shape) -> None:
+        keys = config.student
+        nested = keys.tier_mode == "nested"
+        self.teaches = nested and config.distill.self_weight > 0
+        shapes = [shape.beginning(size.layers, size.heads, size.neurons) for size in keys.sizes]
+        models = [*(_smaller(whole, one) for one in shapes), whole]
+        self.shapes: Shapes = {}
+        self.fused: dict[str, int] = {}
+        self.tiers: list[Tier] = []
+        exits: Shapes = {}
+        for one, model in zip([*shapes, shape], models, strict=True):
+            trained = freeze_embeddings(model, keys.train_embeddings)
+            own_exit = nested and len(one.layers) < len(shape.layers)
+            names = {
+                name: f"exits.{len(one.layers)}.{name}" if own_exit and is_exit(model, name) else name
+                for name in trained
+            }
+            own = {shared: tuple(trained[name].shape) for name, shared in names.items()}
+            self.tiers.append(Tier(one, model, names, {**own, **exits} if self.teaches else own))
+            self.shapes |= own
+            self.fused |= {shared: side_by_side(model, name) for name, shared in names.items()}
+            if own_exit:
+                exits |= {shared: own[shared] for name, shared in names.items() if shared != name}
+
+    def __len__(self) -> int:
+        return len(self.tiers)
+
+    def __getitem__(self, tier: int) -> Tier:
+        return self.tiers[tier]
+
+    def initial(self) -> dict[str, Tensor]:
+        """The shared arrays before training: an exit of a smaller student begins as a copy of what the whole has."""
+        whole = dict(self.tiers[-1].model.named_parameters())
+        start = {name: whole[name] for name in self.tiers[-1].names}
+        for tier in self.tiers[:-1]:
+            start |= {shared: whole[name] for name, shared in tier.names.items() if shared not in start}
+        return {name: weight.detach() for name, weight in start.items()}
+
+    def part(self, tier: int, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a tier holds of the shared arrays; the whole of an array is that array itself."""
+        return {
+            name: beginning(arrays[name], shape, self.fused[name]).reshape(shape).contiguous()
+            for name, shape in self.tiers[tier].held.items()
+        }
+
+    def load(self, tier: int, arrays: Mapping[str, Tensor]) -> Any:
+        """The tier's model, with these weights."""
+        found, held = self.tiers[tier], self.part(tier, arrays)
+        own = dict(found.model.named_parameters())
+        with torch.no_grad():
+            for name, shared in found.names.items():
+                own[name].copy_(held[shared])
+        return found.model
+
+    def student(self, tier: int) -> Student:
+        """The tier's model as it is trained, with the smaller students inside it that it teaches."""
+        found = self.tiers[tier]
+        own = dict(found.model.named_parameters())
+        trained = {shared: own[name] for name, shared in found.names.items()}
+        device = next(iter(own.values())).device
+        for name, shape in found.held.items():
+            if name not in trained:
+                trained[name] = nn.Parameter(torch.empty(shape, device=device))
+        inner = self.tiers[:tier] if self.teaches else []
+        smaller = [Inner(one.model, {name: trained[shared] for name, shared in one.names.items()}) for one in inner]
+        return Student.of(found.model, trained, tuple(smaller))
+
+    def recipe(self, tier: int, recipe: Recipe, asked_heads: int, teacher: Any) -> Recipe:
+        """The whole student's recipe for a tier: its layers keep the partners that they have in the whole one.
+
+        Args:
+            asked_heads: the key ``distill.relation-heads``.
+            teacher: the teacher's configuration.
+
+        Raises:
+            InputError: the relation heads that are asked for do not divide the tier's width.
+        """
+        shape = self.tiers[tier].shape
+        pairs = {
+            name: tuple(pair for pair in getattr(recipe, name) if pair[0] < len(shape.layers))
+            for name in ("hidden_pairs", "relation_pairs")
+        }
+        without = {"hidden", "cls"} if not pairs["hidden_pairs"] else set()
+        without |= {"relation"} if not pairs["relation_pairs"] else set()
+        return replace(
+            recipe,
+            weights={name: 0.0 if name in without else weight for name, weight in recipe.weights.items()},
+            relation_heads=relation_heads(asked_heads, shape, teacher),
+            **pairs,
+        )
+
+
+def _smaller(whole: Any, shape: Shape) -> Any:
+    """An empty student of a smaller shape around the whole one's embeddings."""
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = len(shape.layers)
+    with torch.device(whole.device):
+        model = build(config, shape)
+    for path in family_of(whole).embeddings:
+        parent, _, name = path.rpartition(".")
+        if hasattr(whole.get_submodule(parent), name):  # ELECTRA projects only where widths differ
+            setattr(model.get_submodule(parent), name, whole.get_submodule(path))
+    return model.eval()
