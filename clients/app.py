@@ -60,8 +60,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         arrays = unpack_student(message.content, worker.shapes)
-        student, teacher, lines = worker.evaluate(arrays, instruction.clients, finished)
-        return pack_reply({"student": student, "teacher": teacher}, lines)
+        return pack_reply(*worker.evaluate(arrays, instruction.clients, finished))
 
     return _answer(message, work)
 

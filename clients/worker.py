@@ -22,19 +22,20 @@ from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.distillation import Examples, Student, make_recipe
+from common.distillation import Examples, make_recipe
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
 from common.inference import predict
 from common.metrics import statistics_length
-from common.models import freeze_embeddings, load_teacher
+from common.models import load_teacher
+from common.nested import Tiers
 from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
+from common.tiers import assign_tiers, group_name
 from common.wire import NOT_FINITE, ClientLine, Instruction, own_update
 
-Sums = dict[str, NDArray[np.int64]]
 Groups = Mapping[str, Mapping[str, NDArray[Any] | Rows]]
 AT_ONCE = 256  # examples that share a frozen model's blocks: small shards alone would leave most rows empty
 
@@ -83,8 +84,9 @@ class Worker:
         self.pupil = open_pupil(cache / "students" / student, self.data, cache)
         if self.pupil.hash != student_hash:
             raise ValueError("the student's weights are not those of this run")
-        model = self.pupil.model.to(self.compute.device)
-        self.student = Student.of(model, freeze_embeddings(model, config.student.train_embeddings))
+        self.tiers = Tiers(config, self.pupil.model.to(self.compute.device), self.pupil.shape)
+        self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
+        self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher)),
@@ -98,7 +100,7 @@ class Worker:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays a message must bring."""
-        return {name: tuple(parameter.shape) for name, parameter in self.student.trained.items()}
+        return self.tiers.shapes
 
     def teach(self, clients: Sequence[int], finished: Finished) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""
@@ -146,20 +148,23 @@ class Worker:
         A client that fails has no part in the result and says why in its line; the others go on.
 
         Returns:
-            Groups of arrays to send: the sum of the updates, or each client's own where that is asked for.
+            Groups of arrays to send: the sum of the updates of each tier that has clients here, or each client's own
+            where that is asked for.
         """
-        weights = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
-        total = ExactSum(self.shapes)
+        tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
+        tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
+        weights = {tier: self.tiers.part(tier, tensors) for tier in tiers}
+        totals = {tier: ExactSum(self.tiers[tier].held) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
         lines = []
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
-            began = time.perf_counter()
+            began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
-                update = self._train_one(weights, instruction.round, client)
+                update = self._train_one(weights[tier], instruction.round, client)
                 if packed:
-                    total.add(update.arrays, update.examples)
+                    totals[tier].add(update.arrays, update.examples)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -167,30 +172,38 @@ class Worker:
             else:
                 lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **update.losses))
             finished(1)
-        return ({"update": total.compact} if packed else groups), lines
+        sums = {self._group("update", tier): total.compact for tier, total in totals.items()}
+        return (sums if packed else groups), lines
 
     def evaluate(
         self, arrays: dict[str, NDArray[np.float32]], clients: Sequence[int], finished: Finished
-    ) -> tuple[Sums, Sums, list[ClientLine]]:
-        """Statistics of the student, and of the teacher, on the held-out rows of some clients."""
-        with torch.no_grad():
-            for name, parameter in self.student.trained.items():
-                parameter.copy_(_tensor(arrays[name]))
-        length = statistics_length(self.spec)
-        student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+    ) -> tuple[Groups, list[ClientLine]]:
+        """Statistics of each tier's student, and of the teacher, on the held-out rows of the tier's clients."""
+        tensors = {name: _tensor(array) for name, array in arrays.items()}
+        groups: dict[str, dict[str, NDArray[np.int64]]] = {}
         lines = []
-        for chunk in self._together(clients, lambda client: len(self.data.shard(client).heldout)):
-            try:
-                parts = self._score(chunk)
-            except Exception:  # one of them fails: the others shall not
-                parts = [part for client in chunk for part in self._score_or_tell(client)]
-            for line, own, taught in parts:
-                lines.append(line)
-                if not line.problem:
-                    add_into(student, own)
-                    add_into(teacher, taught)
-            finished(len(chunk))
-        return {"statistics": student}, {"statistics": teacher}, lines
+        for tier in sorted({int(self.tier_of[client]) for client in clients}):
+            self.tiers.load(tier, tensors)
+            chosen = [client for client in clients if self.tier_of[client] == tier]
+            length = statistics_length(self.spec)
+            student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+            for chunk in self._together(chosen, lambda client: len(self.data.shard(client).heldout)):
+                try:
+                    parts = self._score(chunk, tier)
+                except Exception:  # one of them fails: the others shall not
+                    parts = [part for client in chunk for part in self._score_or_tell(client, tier)]
+                for line, own, taught in parts:
+                    lines.append(line)
+                    if not line.problem:
+                        add_into(student, own)
+                        add_into(teacher, taught)
+                finished(len(chunk))
+            groups[self._group("student", tier)] = {"statistics": student}
+            groups[self._group("teacher", tier)] = {"statistics": teacher}
+        return groups, lines
+
+    def _group(self, name: str, tier: int) -> str:
+        return group_name(name, tier, len(self.tiers))
 
     def _together(self, clients: Sequence[int], size: Callable[[int], int]) -> Iterator[list[int]]:
         """The clients in their order, in lists of about `AT_ONCE` examples."""
@@ -205,12 +218,12 @@ class Worker:
         if chunk:
             yield chunk
 
-    def _score(self, clients: Sequence[int]) -> list[Scored]:
+    def _score(self, clients: Sequence[int], tier: int) -> list[Scored]:
         """The clients' lines and statistics; a row's output does not depend on the company it is computed in."""
         began = time.perf_counter()
         shards = [self.data.shard(client).heldout for client in clients]
         rows = np.concatenate(shards)
-        logits = predict(self.student.model, self.pupil.data.train.tokens, rows, self.compute)
+        logits = predict(self.tiers[tier].model, self.pupil.data.train.tokens, rows, self.compute)
         soft = self.teacher_logits(rows)
         found, start = [], 0
         each = (time.perf_counter() - began) / len(clients)
@@ -222,9 +235,9 @@ class Worker:
             start += len(own)
         return found
 
-    def _score_or_tell(self, client: int) -> list[Scored]:
+    def _score_or_tell(self, client: int, tier: int) -> list[Scored]:
         try:
-            return self._score([client])
+            return self._score([client], tier)
         except Exception as error:
             nothing = np.zeros(0, dtype=np.int64)
             return [(ClientLine(client, 0, 0.0, problem=_kind(error)), nothing, nothing)]
@@ -247,13 +260,13 @@ class Worker:
         return parts
 
     def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
+        tier, teacher = int(self.tier_of[client]), self.teacher.config
+        recipe = make_recipe(self.config, round_number, self.pupil.shape, teacher, self.data.task.regression)
         return distil(
-            self.student,
+            self.students[tier],
             weights,
             self._examples(client),
-            recipe=make_recipe(
-                self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
-            ),
+            recipe=self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher),
             compute=self.compute,
             seed=self.config.seed,
             who=(round_number, client),

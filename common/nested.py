@@ -155,17 +155,15 @@ class Tiers:
             InputError: the relation heads that are asked for do not divide the tier's width.
         """
         shape = self.tiers[tier].shape
-        pairs = {
-            name: tuple(pair for pair in getattr(recipe, name) if pair[0] < len(shape.layers))
-            for name in ("hidden_pairs", "relation_pairs")
-        }
-        without = {"hidden", "cls"} if not pairs["hidden_pairs"] else set()
-        without |= {"relation"} if not pairs["relation_pairs"] else set()
+        hidden = tuple(pair for pair in recipe.hidden_pairs if pair[0] < len(shape.layers))
+        relation = tuple(pair for pair in recipe.relation_pairs if pair[0] < len(shape.layers))
+        without = (() if hidden else ("hidden", "cls")) + (() if relation else ("relation",))
         return replace(
             recipe,
-            weights={name: 0.0 if name in without else weight for name, weight in recipe.weights.items()},
+            weights={**recipe.weights, **dict.fromkeys(without, 0.0)},
+            hidden_pairs=hidden,
+            relation_pairs=relation,
             relation_heads=relation_heads(asked_heads, shape, teacher),
-            **pairs,
         )
 
 

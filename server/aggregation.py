@@ -47,27 +47,38 @@ class RunningSum:
         return cls({name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()})
 
     def fold(self, part: Sums, lines: list[ClientLine], sizes: Mapping[int, int]) -> None:
-        """Add one node's sum and forget it.
+        """Add one node's sum and forget it; arguments and errors as of `check`."""
+        self.add(part, lines, self.check(part, lines, sizes))
+
+    def check(self, part: Sums, lines: list[ClientLine], sizes: Mapping[int, int]) -> dict[str, int]:
+        """What ``bound`` will be with one node's sum; nothing is added yet.
 
         Args:
             sizes: examples each client is known to have.
 
         Raises:
             Rejected: a client's count is not the one it is known to have or not positive, or the sum would leave
-                the 64-bit range; nothing is added then.
+                the 64-bit range.
         """
         accepted = [line for line in lines if not line.problem]
         for line in accepted:
             check_count(line, sizes)
-        if not accepted:
-            return
         bound = dict(self.bound)
-        for name in self.totals:  # all before the first: a refused reply leaves no trace
+        if not accepted:
+            return bound
+        for name in self.totals:
             some = part[name]
             largest = largest_of(some.values if isinstance(some, Rows) else some)
             bound[name] = bound.get(name, 0) + largest
             if largest >= LIMIT or bound[name] >= 2**63:
                 raise Rejected(f"{name}: a value is too large to add up")
+        return bound
+
+    def add(self, part: Sums, lines: list[ClientLine], bound: dict[str, int]) -> None:
+        """Add what `check` has let pass."""
+        accepted = [line for line in lines if not line.problem]
+        if not accepted:
+            return
         self.bound = bound
         for name, total in self.totals.items():
             some = part[name]

@@ -15,6 +15,7 @@ from common.hashing import hash_tensors
 from common.models import count_parameters
 from common.slim import Shape
 from server.preparation import Federation
+from server.scoring import tier_rows
 
 PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "datasets", "flwr-datasets", "numpy")
 
@@ -29,6 +30,7 @@ class History:
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
+        tier_student, tier_validation: the same of each tier, the smallest first.
     """
 
     rounds: int = 0
@@ -46,6 +48,8 @@ class History:
     teacher: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
+    tier_student: list[dict[str, float]] = field(default_factory=list)
+    tier_validation: list[dict[str, float]] = field(default_factory=list)
 
 
 def retention(student: dict[str, float], teacher: dict[str, float], metric: str) -> float:
@@ -100,6 +104,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "cohort": federation.config.server.cohort or len(data.eligible),
         "teacher": teacher,
         "student": student,
+        "tiers": _tiers(federation, history),
         "retention": {
             "federated": retention(history.student, history.teacher, metric),
             "validation": retention(history.validation, federation.lesson.validation, metric),
@@ -116,6 +121,17 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "student_sha256": hash_tensors(federation.student.state_dict()),
         "versions": _versions(),
     }
+
+
+def _tiers(federation: Federation, history: History) -> list[dict[str, Any]]:
+    """Each tier with its scores; none without tiers."""
+    rows = tier_rows(federation)
+    federated = history.tier_student or [{} for _ in rows]
+    validation = history.tier_validation or [{} for _ in rows]
+    return [
+        {**row, "federated": federated[n], "validation": validation[n], "sha256": hash_tensors(tier.model.state_dict())}
+        for n, (row, tier) in enumerate(zip(rows, federation.tiers.tiers, strict=False))
+    ]
 
 
 def _shape(shape: Shape) -> dict[str, Any]:

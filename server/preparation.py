@@ -3,7 +3,7 @@
 Everything that can be wrong with the input is found here, before a worker starts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.dataset import FederatedDataset
 from common.device import Compute
-from common.models import choose_layers, freeze_embeddings, pair_hidden_layers
+from common.models import choose_layers, pair_hidden_layers
+from common.nested import Tiers
 from common.progress import Progress
 from common.pupil import Pupil
 from common.slim import build
+from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson
-from server.student import narrowed, prepare_student
+from server.student import load_exits, narrowed, prepare_student
 from server.teacher import Teacher, find_teacher
 
 
@@ -28,11 +30,24 @@ class Federation:
 
     Attributes:
         pupil: the student as it starts; the server scores and saves with its module.
+        tiers: it and the smaller ones inside it.
+        tier_of: (clients,) the tier that each client holds.
     """
 
     config: Config
     lesson: Lesson
     pupil: Pupil
+    tiers: Tiers = field(init=False)
+    tier_of: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tier_of = assign_tiers(self.config.seed, self.data.clients, self.config.student.sizes)
+        self.take(self.pupil)
+
+    def take(self, pupil: Pupil) -> None:
+        """Go on with this student, where models run."""
+        pupil.model.to(self.compute.device)
+        self.pupil, self.tiers = pupil, Tiers(self.config, pupil.model, pupil.shape)
 
     @property
     def data(self) -> FederatedDataset:
@@ -50,10 +65,15 @@ class Federation:
     def student(self) -> Any:
         return self.pupil.model
 
+    @property
+    def able(self) -> NDArray[np.int64]:
+        """Ids of the clients that take part and hold the whole student."""
+        return np.asarray(self.data.eligible[self.tier_of[self.data.eligible] == len(self.tiers) - 1])
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """The student's trained arrays by name, float32, as they travel."""
-        trained = freeze_embeddings(self.student, self.config.student.train_embeddings)
-        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in trained.items()}
+        """The trained arrays by name, float32, as they travel: the student's, and the smaller ones' exits."""
+        start = self.tiers.initial() | load_exits(self.pupil)
+        return {name: weight.cpu().numpy().copy() for name, weight in start.items()}
 
     def final_student(self) -> Any:
         """An empty student of the width that the keys ask for, and that this one gets before round 1."""
@@ -61,9 +81,8 @@ class Federation:
             return build(self.student.config, narrowed(self.config, self.pupil.shape))
 
     def final_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of its trained arrays."""
-        trained = freeze_embeddings(self.final_student(), self.config.student.train_embeddings)
-        return {name: tuple(parameter.shape) for name, parameter in trained.items()}
+        """Of the arrays that are trained then."""
+        return Tiers(self.config, self.final_student(), narrowed(self.config, self.pupil.shape)).shapes
 
 
 def prepare(config: Config, progress: Progress) -> Federation:
@@ -78,6 +97,5 @@ def prepare(config: Config, progress: Progress) -> Federation:
         pair_hidden_layers(pairs, len(layers), source.layers)
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
-    pupil.model.to(lesson.compute.device)
     lesson.model.to("cpu")
     return Federation(config, lesson, pupil)

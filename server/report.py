@@ -38,6 +38,7 @@ def write_report(run: Path) -> Path:
         f"<h1>{html.escape(summary['task'])}</h1>",
         f"<p class='verdict'>{_verdict(summary)}</p>",
         _scores_table(summary),
+        _tiers_table(summary),
         _figure(lines, summary),
         _rounds_table(lines, costs, summary),
         "<h2>Configuration</h2><pre>" + html.escape((run / "config.toml").read_text()) + "</pre>",
@@ -99,6 +100,16 @@ def _scores_table(summary: dict[str, Any]) -> str:
     rows.append(("bytes down, up", "", f"{cost['bytes_down'] / 1e6:.1f} MB, {cost['bytes_up'] / 1e6:.1f} MB"))
     rows.append(("lost: " + ", ".join(summary["faults"]), "", ", ".join(str(n) for n in summary["faults"].values())))
     return _table(("", "teacher", "student"), rows)
+
+
+def _tiers_table(summary: dict[str, Any]) -> str:
+    metric, rows = summary.get("metric", ""), []
+    for tier in summary.get("tiers", ()):
+        size = [str(tier[name]) for name in ("layers", "heads", "neurons", "clients")]
+        found = [_number(tier[where].get(metric)) for where in ("federated", "validation")]
+        rows.append((*size, f"{tier['params']:,}", *found))
+    head = ("layers", "heads", "neurons", "clients", "parameters", f"{metric}, its clients", "public validation")
+    return f"<h2>Tiers</h2><div class='wide'>{_table(head, rows)}</div>" if rows else ""
 
 
 def _rounds_table(lines: list[dict[str, Any]], costs: list[dict[str, Any]], summary: dict[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from common.config import Config
 from common.dataset import load_tokenizer
 from common.errors import InputError, Interrupted, RunFailed
+from common.nested import Tier
 from common.progress import Progress
 from common.slim import save_slim, widen
 from server.history import summarise, unprepared_summary
@@ -73,12 +75,16 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
 
 
 def save_student(federation: Federation, folder: RunFolder) -> None:
-    """Write student/, which plain transformers opens, and slim/, its smaller form."""
-    pupil, tokenizer = federation.pupil, load_tokenizer(federation.pupil.folder)
-    model = pupil.model.to("cpu")
-    for name, save in (
-        ("slim", lambda target: save_slim(model, pupil.shape, target)),
-        ("student", lambda target: widen(model, pupil.shape).save_pretrained(target)),
-    ):
-        save(folder.path / name)
-        tokenizer.save_pretrained(folder.path / name)
+    """Write student/, which plain transformers opens, and slim/, its smaller form; of smaller tiers tiers/N/student."""
+    tiers = federation.tiers.tiers
+    for number, tier in enumerate(tiers[:-1], start=1):
+        _save(federation, tier, folder.path / "tiers" / str(number))
+    _save(federation, tiers[-1], folder.path)
+
+
+def _save(federation: Federation, tier: Tier, target: Path) -> None:
+    model, tokenizer = tier.model.to("cpu"), load_tokenizer(federation.pupil.folder)
+    save_slim(model, tier.shape, target / "slim")
+    widen(model, tier.shape).save_pretrained(target / "student")
+    for name in ("slim", "student"):
+        tokenizer.save_pretrained(target / name)

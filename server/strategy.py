@@ -21,10 +21,9 @@ from common.compression import wire_for
 from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
-from common.metrics import check_statistics, scores, statistics_length
+from common.metrics import scores
 from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
-from server.aggregation import Rejected, RunningSum
 from server.assignment import pick_cohort
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.exchange import NAMES, Exchange, StreamingGrid
@@ -34,7 +33,9 @@ from server.phase import Phase
 from server.preparation import Federation
 from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
-from server.student import Width, choose_width, narrow_student, random_width
+from server.scoring import TieredScores, tier_rows
+from server.student import Width, choose_width, narrow_student, narrows, random_width
+from server.tiers import TieredSum
 from server.validation import validate
 
 
@@ -97,14 +98,13 @@ class FederatedDistillation(Strategy):
 
     def _narrow(self, grid: Any) -> None:
         """Before round 1: keep the heads and neurons that the clients say matter most, the same for all of them."""
-        keys = self.config.student
-        if self.continued or not (keys.heads or keys.neurons):
+        if self.continued or not narrows(self.config):
             return
         pupil = self.federation.pupil
-        if keys.width_selection == "random":
+        if self.config.student.width_selection == "random":
             self._keep(random_width(self.config, pupil.shape))
             return
-        cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, 0)
+        cohort = pick_cohort(self.federation.able, self.config.server.cohort, self.config.seed, 0)
         self._teach(0, cohort, grid)
         shapes = {name: np.shape(getattr(pupil.shape, name)) for name in ("heads", "neurons")}
         intake = Summed(shapes, {client: min(size, MOST) for client, size in self.exchange.sizes.items()})
@@ -119,9 +119,7 @@ class FederatedDistillation(Strategy):
     def _keep(self, width: Width) -> None:
         """Go on with the narrower student."""
         federation, self.width = self.federation, width
-        pupil = narrow_student(self.config, federation.lesson, federation.pupil, width, self.progress)
-        pupil.model.to(federation.compute.device)
-        federation.pupil = pupil
+        federation.take(narrow_student(self.config, federation.lesson, federation.pupil, width, self.progress))
         self.weights = federation.weights()
 
     # --- what Flower calls, in this order; it counts rounds from where this process began ---------
@@ -130,7 +128,9 @@ class FederatedDistillation(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         number, keys = self.done + server_round, self.config.server
-        self.cohort = pick_cohort(self.data.eligible, keys.cohort, self.config.seed, number, keys.over_select)
+        federation = self.federation
+        ready = federation.able if self.config.student.tier_mode == "exclusive" else self.data.eligible
+        self.cohort = pick_cohort(ready, keys.cohort, self.config.seed, number, keys.over_select)
         goal = min(keys.cohort or len(self.cohort), len(self.cohort))
         self._teach(number, self.cohort, grid)
         self.grid = grid
@@ -139,9 +139,8 @@ class FederatedDistillation(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        shapes = {name: array.shape for name, array in self.weights.items()}
         number, keys = self.done + server_round, self.config.server
-        intake = intake_for(keys, wire_for(keys, number, self.config.rounds), shapes, self.exchange.sizes)
+        intake = self._intake(number)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         try:
             self._check_losses(phase)
@@ -171,32 +170,11 @@ class FederatedDistillation(Strategy):
         return self._ask("evaluate", number, clients, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        spec = self.data.task.score_spec
-        shapes = {"statistics": (statistics_length(spec),)}
-        totals = {who: RunningSum.zeros(shapes) for who in ("student", "teacher")}
-        sizes = self.data.heldout_sizes
-        held = {client: int(sizes[client]) for client in self.exchange.sizes}
-        found: list[ClientLine] = []
-
-        def take(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
-            lines = unpack_lines(content, clients)
-            sums = unpack_sums(content, dict.fromkeys(totals, shapes))
-            scored = [line for line in lines if not line.problem and held[line.client]]
-            most = sum(held[line.client] for line in scored)
-            for who in totals:
-                check_statistics(spec, sums[who]["statistics"])
-                if scores(spec, sums[who]["statistics"])["n"] > most:
-                    raise Rejected(f"statistics of more than the {most} examples that its clients hold out")
-            for who, total in totals.items():
-                total.fold(sums[who], scored, held)
-            found.extend(scored)
-            return lines, {}
-
-        phase = self.exchange.collect(self.grid, replies, take)
+        intake = TieredScores(self.data, self.federation.tier_of, len(self.federation.tiers))
+        phase = self.exchange.collect(self.grid, replies, intake.take)
         self._count(phase)
         self._check_losses(phase)
-        found.sort(key=lambda line: line.client)
-        self._record_scores(phase, {who: total.totals["statistics"] for who, total in totals.items()}, found)
+        self._record_scores(phase, intake)
         return None
 
     def summary(self) -> None:
@@ -209,6 +187,13 @@ class FederatedDistillation(Strategy):
     ) -> list[Message]:
         arrays = {} if kind.startswith("query") else self.weights
         return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
+
+    def _intake(self, number: int) -> Intake:
+        keys, federation = self.config.server, self.federation
+        if len(federation.tiers) > 1:
+            return TieredSum(federation.tiers, federation.tier_of, self.exchange.sizes)
+        shapes = federation.tiers.shapes
+        return intake_for(keys, wire_for(keys, number, self.config.rounds), shapes, self.exchange.sizes)
 
     def _teach(self, number: int, clients: Sequence[int], grid: Grid) -> None:
         """Have the teacher's outputs computed where they may not be on disk: once per client and run."""
@@ -234,25 +219,24 @@ class FederatedDistillation(Strategy):
         if self.continued and not server_round:
             return None  # the checkpoint that this run continues from has it
         history = self.history
-        history.validation = validate(
-            self.federation.student,
-            self.federation.pupil.data,
-            self.federation.compute,
-            self.progress,
-            self.exchange.tick,
-        )
-        self.folder.add_line({"round": number, "phase": "validation", "student": history.validation})
+        federation = self.federation
+        history.tier_validation = [
+            validate(tier.model, federation.pupil.data, federation.compute, self.progress, self.exchange.tick)
+            for tier in federation.tiers.tiers
+        ]
+        history.validation = history.tier_validation[-1]
+        line = {"round": number, "phase": "validation", "student": history.validation}
+        self.folder.add_line({**line, **self._by_tier("validation", history.tier_validation)})
         self.save(number)
         if number:
             self.progress.line(f"round {number}/{self.config.rounds}: {self._verdict()}")
         return None
 
     def put_weights_into_student(self) -> None:
-        """Bring the module that is scored and saved up to the round's arrays."""
-        parameters = dict(self.federation.student.named_parameters())
-        with torch.no_grad():
-            for name, array in self.weights.items():
-                parameters[name].copy_(torch.from_numpy(np.array(array)))
+        """Bring the modules that are scored and saved up to the round's arrays."""
+        arrays = {name: torch.from_numpy(np.array(array)) for name, array in self.weights.items()}
+        for tier in range(len(self.federation.tiers)):
+            self.federation.tiers.load(tier, arrays)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -340,15 +324,21 @@ class FederatedDistillation(Strategy):
         line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
         self.folder.add_line({**line, **history.losses, **phase.faults()})
 
-    def _record_scores(self, phase: Phase, statistics: dict[str, Any], lines: list[ClientLine]) -> None:
+    def _record_scores(self, phase: Phase, found: TieredScores) -> None:
         history, spec = self.history, self.data.task.score_spec
-        history.student = scores(spec, statistics["student"])
-        history.teacher = scores(spec, statistics["teacher"])
-        history.spread = client_spread([line.score for line in lines])
+        history.student = scores(spec, found.together("student"))
+        history.teacher = scores(spec, found.together("teacher"))
+        history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
+        history.spread = client_spread([line.score for line in found.lines])
         share = retention(history.student, history.teacher, self.data.task.headline)
-        line = {"round": phase.round, "phase": "evaluate", "clients": len(lines)}
+        line = {"round": phase.round, "phase": "evaluate", "clients": len(found.lines)}
         line |= {"student": history.student, "teacher": history.teacher, "retention": share, "spread": history.spread}
-        self.folder.add_line({**line, **phase.faults()})
+        self.folder.add_line({**line, **self._by_tier("federated", history.tier_student), **phase.faults()})
+
+    def _by_tier(self, where: str, found: list[dict[str, float]]) -> dict[str, Any]:
+        """The part of a metrics line that only runs with tiers have."""
+        rows = tier_rows(self.federation)
+        return {"tiers": [{**row, where: one} for row, one in zip(rows, found, strict=True)]} if rows else {}
 
     def _latest(self) -> str:
         """Loss and score so far, short enough to stand beside a bar."""

@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from common.config import Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, Student, learn, make_recipe, relation_heads
+from common.distillation import Examples, learn, make_recipe, relation_heads
 from common.errors import InputError
 from common.families import head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
-from common.models import choose_layers, count_parameters, freeze_embeddings
+from common.models import choose_layers, count_parameters
+from common.nested import Tiers
 from common.progress import Progress
 from common.pupil import Pupil, open_pupil, save_pupil
 from common.seeding import generator, seed_for
@@ -30,7 +33,9 @@ from common.slim import Numbers, Shape, build, cut_student, narrow
 from common.store import build_folder, cache_folder
 from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.lesson import Lesson
+from server.tiers import check_tiers
 
+EXITS = "exits.safetensors"  # in the folder of a prepared student
 WARM = (0, -1)  # round and client of the warm start: what its random choices come from
 Width = tuple[Numbers, Numbers]  # heads and neurons kept of each layer
 
@@ -43,12 +48,14 @@ class Plan:
         depends: what it depends on besides its shape and its teacher.
         cut: given a folder, writes the tokenizer there and returns the module as it is before the warm start.
         own_pieces: whether it cuts text in another way than the teacher.
+        tiers: whether the smaller students inside it are warmed up, too: once its heads and neurons stand in order.
     """
 
     shape: Shape
     depends: dict[str, Any]
     cut: Callable[[Path], Any]
     own_pieces: bool
+    tiers: bool
 
 
 def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil:
@@ -66,6 +73,7 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
         Shape.whole(model.config, layers), pieces=len(pieces) or model.config.vocab_size, rank=keys.embedding_rank
     )
     check_width(config, shape, model.config)
+    check_tiers(config, narrowed(config, shape), model.config, lesson.data)
 
     def cut(folder: Path) -> Any:
         torch.manual_seed(seed_for(config.seed, "student"))
@@ -76,7 +84,7 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
         return cut_student(model, shape, pieces=pieces, dropout=keys.dropout, random=keys.layer_selection == "random")
 
     depends = {"pieces": pieces, "random": keys.layer_selection == "random"}
-    return _made(config, lesson, progress, Plan(shape, depends, cut, own_pieces=bool(pieces)))
+    return _made(config, lesson, progress, Plan(shape, depends, cut, bool(pieces), not narrows(config)))
 
 
 def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, progress: Progress) -> Pupil:
@@ -91,7 +99,7 @@ def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, pr
 
     depends = {"wide": wide.key, "heads": heads, "neurons": neurons}
     shape = replace(wide.shape, heads=heads, neurons=neurons)
-    return _made(config, lesson, progress, Plan(shape, depends, cut, own_pieces=wide.taught is not None))
+    return _made(config, lesson, progress, Plan(shape, depends, cut, wide.taught is not None, tiers=True))
 
 
 def choose_width(config: Config, heads: NDArray[np.float64], neurons: NDArray[np.float64]) -> Width:
@@ -116,6 +124,12 @@ def check_width(config: Config, shape: Shape, teacher: Any) -> None:
         if asked > most:
             raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
     relation_heads(config.distill.relation_heads, narrowed(config, shape), teacher)
+
+
+def narrows(config: Config) -> bool:
+    """Whether heads and neurons are chosen before round 1: for the whole student, or for a smaller one inside it."""
+    keys = config.student
+    return any((keys.heads, keys.neurons, *(size.heads or size.neurons for size in keys.sizes)))
 
 
 def narrowed(config: Config, shape: Shape) -> Shape:
@@ -166,6 +180,8 @@ def _fitting(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -
 def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:
     """Make the student in the cache unless it is there, and open it."""
     data, teacher, cache = lesson.data, lesson.teacher, cache_folder(config.runtime.cache)
+    if not plan.tiers:
+        config = config.model_copy(update={"student": config.student.model_copy(update={"tiers": ""})})
     warm = config.student.warm_epochs > 0 and len(data.public) > 0
     key = hash_json(
         {
@@ -185,7 +201,9 @@ def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pup
             save_pupil(plan.cut(draft), plan.shape, draft, own_pieces=plan.own_pieces)
             if warm:
                 pupil = open_pupil(draft, data, cache, progress)
-                warm_up(config, lesson, pupil, progress)
+                exits = warm_up(config, lesson, pupil, progress)
+                if exits:
+                    save_file(exits, draft / EXITS)
                 save_pupil(pupil.model, plan.shape, draft, own_pieces=plan.own_pieces)
     return open_pupil(target, data, cache, progress)
 
@@ -193,8 +211,10 @@ def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pup
 def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
     data = lesson.data
     public = np.asarray(data.public)
+    keys = config.student
     return {
-        "keys": [config.student.warm_epochs, config.student.warm_lr, config.student.train_embeddings],
+        "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
+        "tiers": [keys.tiers, keys.tier_mode] if keys.tiers else None,
         "distill": config.distill.model_dump(),
         "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
@@ -202,11 +222,14 @@ def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
     }
 
 
-def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) -> None:
-    """Distil on the public split, in place; its labels are used where it has them all."""
+def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) -> dict[str, Tensor]:
+    """Distil on the public split, in place; its labels are used where it has them all.
+
+    Returns:
+        The exits of the smaller students inside it, which learn with it.
+    """
     data, model, compute = lesson.data, lesson.model, lesson.compute
     keys, rows = config.student, np.asarray(data.public)
-    student = pupil.model.to(compute.device)
     model.to(compute.device)
     with progress.step(f"teacher outputs for {len(rows):,} public examples", len(rows)) as bar:
         soft = predict(model, data.train.tokens, rows, compute, bar.advance)
@@ -214,11 +237,20 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
     recipe = replace(recipe, epochs=keys.warm_epochs, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
     if not labelled(data.train.labels[rows]).all():
         recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
-    trained = freeze_embeddings(student, keys.train_embeddings)
-    weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape)
+    whole = len(tiers) - 1
+    student = tiers.student(whole)
+    weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
         learn(
-            Student.of(student, trained), weights, Examples(pupil.data.train, rows, soft, pupil.taught),
+            student, weights, Examples(pupil.data.train, rows, soft, pupil.taught),
             recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
         )  # fmt: skip
-    student.to("cpu").eval()
+    pupil.model.to("cpu").eval()
+    inside = set(student.trained) - set(tiers[whole].names.values())
+    return {name: student.trained[name].detach().cpu() for name in sorted(inside)}
+
+
+def load_exits(pupil: Pupil) -> dict[str, Tensor]:
+    """Those that were warmed up with a prepared student; else none: they begin as copies of its own."""
+    return load_file(pupil.folder / EXITS) if (pupil.folder / EXITS).exists() else {}

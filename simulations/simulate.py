@@ -136,6 +136,8 @@ def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     cohort = config.server.cohort or len(data.eligible)
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
     progress.line(_student_line(federation))
+    for line in _tier_lines(federation):
+        progress.line(line)
 
 
 def _student_line(federation: Any) -> str:
@@ -151,6 +153,19 @@ def _student_line(federation: Any) -> str:
         f"{shape.pieces:,} word pieces" + (f" of rank {shape.rank}" if shape.rank else ""),
     ]
     return f"student: {', '.join(parts)}; {size:,} parameters, {size / whole:.1%} of its teacher's"
+
+
+def _tier_lines(federation: Any) -> list[str]:
+    """Which smaller students there are, and how many clients hold each."""
+    from server.tiers import clients_of_tiers
+
+    keys = federation.config.student
+    counts = clients_of_tiers(federation.config, federation.data)
+    return [
+        f"tier {number}: {size.layers} layers, {size.heads or 'all'} heads, {size.neurons or 'all'} neurons; "
+        f"{count} clients"
+        for number, (size, count) in enumerate(zip(keys.sizes, counts, strict=False), start=1)
+    ]
 
 
 def _show(console: Console, summary: dict[str, Any], folder: RunFolder) -> None:

@@ -21,6 +21,8 @@ def result_table(summary: dict[str, Any]) -> Table:
             text = f"{_score(score)} ±{bound:.0e}" if bound else _score(score)
             table.add_row(f"{metric}, {label}", _score(below), text, _share(score, below))
     table.add_row("parameters", f"{teacher['params']:,}", f"{student['params']:,}", f"{student['params_ratio']:.1%}")
+    if summary["tiers"]:
+        _add_tiers(table, summary)
     table.add_section()
     table.add_row("time", "", f"{cost['wall_s']:.0f} s", "")
     table.add_row("training", "", f"{cost['train_s']:.0f} s", f"{cost['examples_per_s']:.0f} examples/s")
@@ -29,6 +31,21 @@ def result_table(summary: dict[str, Any]) -> Table:
     if faults:
         table.add_row("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), "")
     return table
+
+
+def _add_tiers(table: Table, summary: dict[str, Any]) -> None:
+    """A row per tier: its scores on its own clients' data and on public validation, there beside the teacher's."""
+    metric, teacher = summary["metric"], summary["teacher"]
+    table.add_section()
+    table.add_row("layers/heads/neurons", "clients", "validation", "of the teacher's")
+    for tier in summary["tiers"]:
+        own, public = (tier[where].get(metric) for where in ("federated", "validation"))
+        table.add_row(
+            f"{tier['layers']}/{tier['heads']}/{tier['neurons']}, {tier['clients']} clients",
+            _score(own),
+            _score(public),
+            _share(public, teacher["validation"].get(metric)),
+        )
 
 
 def _score(value: float | None) -> str:

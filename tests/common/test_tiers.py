@@ -32,7 +32,7 @@ def test_sizes_are_read_smallest_first():
     ],
 )
 def test_other_texts_are_refused_by_the_key(text, told):
-    with pytest.raises(InputError, match="student.tiers = ") as error:
+    with pytest.raises(InputError, match=r"student\.tiers = ") as error:
         from_flat({"student.layers": 3, "student.tiers": text})
     assert told in str(error.value)
 
