@@ -49,7 +49,8 @@ def train(message: Message, context: Context) -> Message:
     """Distil the student on each listed client; reply with the sum of the updates, or with each."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        return pack_reply(*worker.train(unpack_student(message.content, worker.shapes), instruction, finished))
+        arrays = unpack_student(message.content, worker.brought(instruction.clients))
+        return pack_reply(*worker.train(arrays, instruction, finished))
 
     return _answer(message, work)
 
@@ -59,7 +60,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score student and teacher on each listed client's held-out data; reply with summed statistics."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        arrays = unpack_student(message.content, worker.shapes)
+        arrays = unpack_student(message.content, worker.brought(instruction.clients))
         return pack_reply(*worker.evaluate(arrays, instruction.clients, finished))
 
     return _answer(message, work)

@@ -99,8 +99,12 @@ class Worker:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The arrays a message must bring."""
+        """Of the arrays that are trained."""
         return self.tiers.shapes
+
+    def brought(self, clients: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """The arrays that a message for these clients must bring: no more than the largest of their students."""
+        return self.tiers[max(int(self.tier_of[client]) for client in clients)].sent
 
     def teach(self, clients: Sequence[int], finished: Finished) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""

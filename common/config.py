@@ -104,8 +104,8 @@ class StudentKeys(_Section):
     )
     tier_mode: Literal["nested", "sliced", "exclusive"] = Field(
         "nested",
-        description="nested: each depth has its own exit, a client teaches the smaller students inside its own; sliced: "
-        "plain beginnings of the whole student; exclusive: as sliced, but only clients that hold the whole train",
+        description="nested: each depth has an exit of its own, and a client teaches the students inside its own; "
+        "sliced: plain beginnings of the whole one; exclusive: as sliced, but only clients that hold the whole train",
     )
 
     @property

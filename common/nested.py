@@ -33,12 +33,14 @@ class Tier:
     Attributes:
         names: of the shared array that each trained weight of the model is a beginning of.
         held: shapes of all that its clients train, by the shared arrays' names: its own, and the exits inside it.
+        sent: shapes of what a device gets that works for this tier and smaller ones.
     """
 
     shape: Shape
     model: Any
     names: Mapping[str, str]
     held: Shapes
+    sent: Shapes
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ class Tiers:
                 for name in trained
             }
             own = {shared: tuple(trained[name].shape) for name, shared in names.items()}
-            self.tiers.append(Tier(one, model, names, {**own, **exits} if self.teaches else own))
             self.shapes |= own
+            held = {**own, **exits} if self.teaches else own
+            self.tiers.append(Tier(one, model, names, held, dict(self.shapes)))
             self.fused |= {shared: side_by_side(model, name) for name, shared in names.items()}
             if own_exit:
                 exits |= {shared: own[shared] for name, shared in names.items() if shared != name}
@@ -116,11 +119,12 @@ class Tiers:
         return {name: weight.detach() for name, weight in start.items()}
 
     def part(self, tier: int, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a tier holds of the shared arrays; the whole of an array is that array itself."""
-        return {
-            name: beginning(arrays[name], shape, self.fused[name]).reshape(shape).contiguous()
-            for name, shape in self.tiers[tier].held.items()
-        }
+        """What a tier holds of the shared arrays, or of what is sent of them; the whole of one is that array itself."""
+        return {name: part.contiguous() for name, part in self.cut(arrays, self.tiers[tier].held).items()}
+
+    def cut(self, arrays: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+        """Beginnings of these shapes, views where they can be."""
+        return {name: beginning(arrays[name], shape, self.fused[name]).reshape(shape) for name, shape in shapes.items()}
 
     def load(self, tier: int, arrays: Mapping[str, Tensor]) -> Any:
         """The tier's model, with these weights."""

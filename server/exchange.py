@@ -108,7 +108,8 @@ class Exchange:
         self.misses: dict[int, int] = {}
         self.suspects: set[tuple[str, int]] = set()  # kind of message and client: lost when it was last tried
         self.phase: Phase | None = None
-        self._student: ArrayRecord | None = None
+        self._arrays: Mapping[str, NDArray[Any]] = {}
+        self._packed: dict[int, ArrayRecord] = {}  # what of them a message brings, by the largest tier in it
         self._sent: list[Sent] = []
         self._again: dict[int, bool] = {}  # clients to be tried again, and whether they may be to blame
         self._failing: set[int] = set()  # nodes that have lost a message of the open phase
@@ -145,7 +146,7 @@ class Exchange:
         One message per node; one per client when only the first ``goal`` clients are waited for.
         """
         self.phase = Phase(kind, round_number, tuple(clients), len(clients) if goal is None else goal)
-        self._student = pack_arrays(arrays) if arrays else None
+        self._arrays, self._packed = arrays, {}
         self._shown = 0
         self._failing = set()
         self._scoreboard.write_bytes(b"")
@@ -284,13 +285,22 @@ class Exchange:
         assert phase is not None
         self._sent = []
         for node, clients in lists:
-            content = pack(self._instruction(phase.round, tuple(clients)), self._student)
+            content = pack(self._instruction(phase.round, tuple(clients)), self._student(clients))
             message = Message(content, dst_node_id=node, message_type=phase.kind)
             self._sent.append(Sent(message, node, tuple(clients)))
             phase.bytes_down += message_bytes(message)
             for client in clients:
                 phase.tried.setdefault(client, []).append(node)
         return [one.message for one in self._sent]
+
+    def _student(self, clients: Sequence[int]) -> ArrayRecord | None:
+        """What these clients' tiers hold of the arrays; messages share the record."""
+        if not self._arrays:
+            return None
+        tiers, tier = self.federation.tiers, max(int(self.federation.tier_of[client]) for client in clients)
+        if tier not in self._packed:
+            self._packed[tier] = pack_arrays(tiers.cut(self._arrays, tiers[tier].sent))
+        return self._packed[tier]
 
     def _alive(self, grid: Any) -> list[int]:
         nodes = [node for node in grid.get_node_ids() if self.misses.get(node, 0) < MISSES]

@@ -13,7 +13,7 @@ from common.tiers import group_name
 from common.wire import ClientLine, unpack_lines, unpack_sums
 from server.aggregation import Rejected, RunningSum
 from server.preparation import Federation
-from server.tiers import Refused, clients_of_tiers
+from server.tiered import Refused, clients_of_tiers
 
 WHO = ("student", "teacher")
 

@@ -35,7 +35,7 @@ from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, narrows, random_width
-from server.tiers import TieredSum
+from server.tiered import TieredSum
 from server.validation import validate
 
 

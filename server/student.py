@@ -33,7 +33,7 @@ from common.slim import Numbers, Shape, build, cut_student, narrow
 from common.store import build_folder, cache_folder
 from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.lesson import Lesson
-from server.tiers import check_tiers
+from server.tiered import check_tiers
 
 EXITS = "exits.safetensors"  # in the folder of a prepared student
 WARM = (0, -1)  # round and client of the warm start: what its random choices come from

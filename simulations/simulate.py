@@ -157,7 +157,7 @@ def _student_line(federation: Any) -> str:
 
 def _tier_lines(federation: Any) -> list[str]:
     """Which smaller students there are, and how many clients hold each."""
-    from server.tiers import clients_of_tiers
+    from server.tiered import clients_of_tiers
 
     keys = federation.config.student
     counts = clients_of_tiers(federation.config, federation.data)

@@ -134,6 +134,21 @@ def test_each_smaller_depth_has_an_exit_and_the_trunk_is_shared(tiny_teacher):
     assert not any(name.startswith("exits.") for name in sliced.shapes)
 
 
+def test_a_device_gets_no_more_than_its_student(tiny_teacher):
+    _, _, tiers = tiers_of(tiny_teacher)
+    shared = randomised(tiers)
+    for tier in range(3):
+        sent = tiers.cut(shared, tiers[tier].sent)
+        for smaller in range(tier + 1):  # it may also work for smaller ones
+            found, wanted = tiers.part(smaller, sent), tiers.part(smaller, shared)
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert tiers[0].sent == tiers[0].held
+    assert tiers[2].sent == tiers.shapes
+    _, _, alone = tiers_of(tiny_teacher, **{"distill.self-weight": 0.0})
+    assert not any(name.startswith("exits.") for name in alone[2].held)  # nobody teaches: each trains its own exit
+    assert alone[2].sent == alone.shapes
+
+
 def test_students_of_one_depth_share_their_exit(tiny_teacher):
     _, _, tiers = tiers_of(tiny_teacher, "2/1/8@0.2,2/1/16@0.2,3/1/16@0.2")
     exits = [{name for name in tier.names.values() if name.startswith("exits.")} for tier in tiers.tiers]

@@ -1,5 +1,7 @@
 """A mixed federation through the command line: three sizes of student, exact for any number of workers."""
 
+from pathlib import Path
+
 import numpy as np
 from transformers import AutoModelForSequenceClassification
 
@@ -46,7 +48,7 @@ def test_three_tiers_have_the_same_bits_for_any_workers_and_after_a_stop(fedisti
 def check_scores(run, rows):
     """Each tier's federated accuracy is that of its plain student on its own clients' held-out rows."""
     config = load_config(run / "config.toml")
-    data = prepare_dataset(config, config.teacher.model, cache_folder(""), Silent())
+    data = prepare_dataset(config, Path(config.teacher.model), cache_folder(""), Silent())
     compute = choose_compute(config.runtime.device, config.client.precision)
     tier_of = assign_tiers(config.seed, data.clients, config.student.sizes)
     for tier, row in enumerate(rows):

@@ -15,7 +15,7 @@ from common.nested import Tiers
 from common.slim import Shape, cut_student
 from common.wire import ClientLine, WireError, pack_reply
 from server.aggregation import Rejected
-from server.tiers import TieredSum
+from server.tiered import TieredSum
 
 SIZES = "1/1/8@0.4,2/1/16@0.3"
 TIER_OF = np.array([0, 2, 1, 0])
