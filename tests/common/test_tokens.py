@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from common.families import FAMILIES
 from common.tokens import CHUNK, Tokens, tokenize
 from tests.conftest import make_sentences, make_teacher, make_tokens
 
@@ -12,7 +13,7 @@ LEFT = [*make_sentences(20, seed=1), "", "x", "unknown wörds, 42!"]
 RIGHT = [*make_sentences(22, seed=2), ""]
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta", "distilbert", "electra"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp(request.param), request.param, layers=1)
 
