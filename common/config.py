@@ -250,7 +250,10 @@ class Config(_Section):
     def _keys_that_need_each_other(self) -> "Config":
         keys = self.distill
         if keys.soft_weight + keys.hard_weight + keys.hidden_weight + keys.cls_weight + keys.relation_weight == 0:
-            raise ValueError("every weight of the section distill is 0: nothing to learn from")
+            raise ValueError(
+                "distill.soft-weight, hard-weight, hidden-weight, cls-weight and relation-weight are all 0: nothing to "
+                "learn from"
+            )
         if self.student.target_ratio and self.student.vocabulary:
             raise ValueError(
                 f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "

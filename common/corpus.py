@@ -87,11 +87,11 @@ def load_corpus(config: Config) -> Corpus:
     else:
         corpus = _glue(config)
     unlabelled = ~labelled(corpus.train.labels)
-    if config.distill.hard_weight > 0 and unlabelled.any():
+    if unlabelled.any() and (config.distill.hard_weight > 0 or config.distill.weighting != "constant"):
         row = int(np.flatnonzero(unlabelled)[0]) + 1
         raise InputError(
-            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 to learn "
-            "from the teacher alone"
+            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 and "
+            "distill.weighting = 'constant' to learn from the teacher alone"
         )
     if config.data.limit and config.data.limit < len(corpus.train):
         chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]

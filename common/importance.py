@@ -35,22 +35,18 @@ def importance(
     rows = chosen(len(examples.rows), seed, client)
     lengths = examples.data.tokens.lengths(examples.rows[rows])
     totals: list[NDArray[np.float64]] = []
-    model.eval().requires_grad_(True)
-    try:
-        for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "importance", client, 1)):
-            batch = batch_of(examples, rows[places], recipe, compute)
-            with _gated(model) as gated, compute.autocast():
-                logits = model(**batch.inputs).logits.float()
-            soft, hard = output_losses(logits, batch, recipe)
-            loss = (recipe.weights["soft"] * soft + recipe.weights["hard"] * hard).sum()
-            grads = torch.autograd.grad(loss, gated)
-            sums = [
-                _per_gate(state, grad, model, place)
-                for place, (state, grad) in enumerate(zip(gated, grads, strict=True))
-            ]
-            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
-    finally:
-        model.requires_grad_(False)
+    model.eval()
+    for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "importance", client, 1)):
+        batch = batch_of(examples, rows[places], recipe, compute)
+        with _gated(model) as gated, compute.autocast():
+            logits = model(**batch.inputs).logits.float()
+        soft, hard = output_losses(logits, batch, recipe)
+        loss = (recipe.weights["soft"] * soft + recipe.weights["hard"] * hard).sum()
+        grads = torch.autograd.grad(loss, gated)
+        sums = [
+            _per_gate(state, grad, model, place) for place, (state, grad) in enumerate(zip(gated, grads, strict=True))
+        ]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     mean = [(total / len(rows)).astype(np.float32) for total in totals]
     return np.stack(mean[0::2]), np.stack(mean[1::2])
 
@@ -67,7 +63,8 @@ def _gated(model: Any) -> Iterator[list[Tensor]]:
     family = family_of(model)
 
     def note(module: Any, given: tuple[Tensor, ...]) -> None:
-        found.append(given[0])
+        # of frozen weights it has no gradient yet
+        found.append(given[0] if given[0].requires_grad else given[0].requires_grad_())
 
     products = [layer.get_submodule(path) for layer in layers_of(model) for path in (family.mix, family.down)]
     hooks = [product.register_forward_pre_hook(note) for product in products]

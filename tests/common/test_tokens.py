@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from common.families import FAMILIES
 from common.tokens import CHUNK, Tokens, tokenize
 from tests.conftest import make_sentences, make_teacher, make_tokens
 
@@ -12,7 +13,7 @@ LEFT = [*make_sentences(20, seed=1), "", "x", "unknown wörds, 42!"]
 RIGHT = [*make_sentences(22, seed=2), ""]
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta", "distilbert", "electra"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp(request.param), request.param, layers=1)
 
@@ -50,3 +51,33 @@ def test_progress_counts_every_example_once(tiny_teacher):
     tokens = tokenize((texts,), AutoTokenizer.from_pretrained(tiny_teacher), 8, seen.append)
     assert seen == [CHUNK, 3]
     assert tokens.lengths(np.arange(len(texts))).tolist() == [3] * len(texts)
+
+
+def test_words_begin_where_they_begin(tmp_path):
+    """By hand: [CLS] good z ##oo , bad [SEP], and of a pair both texts."""
+    teacher = make_teacher(tmp_path, layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokens = make_tokens(teacher, ["good zo,bad", "zz"], ["bad", "zz"])
+    names = [tokenizer.convert_ids_to_tokens(tokens.batch(np.array([row]))["input_ids"][0]) for row in (0, 1)]
+    assert names[0] == ["[CLS]", "good", "z", "##o", ",", "bad", "[SEP]", "bad", "[SEP]"]
+    assert names[1] == ["[CLS]", "z", "##z", "[SEP]", "z", "##z", "[SEP]"]
+    first = [True, True, True, False, True, True, True, True, True]
+    assert tokens.starts.tolist() == [*first, True, True, False, True, True, False, True]
+    assert [places.tolist() for places in tokens.words(np.array([1, 0]))] == [[0, 1, 3, 4, 6], [0, 1, 2, 4, 5, 6, 7, 8]]
+
+
+def test_two_texts_without_a_piece_between_them_are_two_words(tmp_path):
+    """GPT-2 puts nothing between a pair."""
+    tokens = make_tokens(make_teacher(tmp_path, "gpt2", layers=1), ["good"], ["good"])
+    assert [places.tolist() for places in tokens.words(np.array([0]))][0][0] == 0
+    half = len(tokens.ids) // 2
+    assert tokens.starts[[0, half]].tolist() == [True, True]
+    assert tokens.starts.sum() == 2
+
+
+def test_every_family_counts_as_many_words_as_its_text_has(family):
+    texts = make_sentences(10, seed=4)
+    tokens = make_tokens(family, texts)
+    special = 0 if AutoTokenizer.from_pretrained(family).cls_token is None else 2
+    for row, places in enumerate(tokens.words(np.arange(10))):
+        assert len(places) == len(texts[row].split()) + special
