@@ -134,7 +134,9 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     """The teacher's numbers of the student's pieces; none: all of them."""
     data, model = lesson.data, lesson.model
     keys = config.student
-    keep = keys.vocabulary or (_fitting(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0)
+    keep = keys.vocabulary or (
+        fitting_pieces(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0
+    )
     if not keep:
         return []
     tokens = data.train.tokens
@@ -144,8 +146,16 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     return choose_pieces(tokenizer, counts, keep)
 
 
-def _fitting(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
-    """How many pieces bring the student to its share of the teacher's parameters."""
+def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
+    """How many pieces bring the student to its share of the teacher's parameters; 0: all.
+
+    Args:
+        model: the teacher; its weights are not read, so it may be on the meta device.
+        fewest: pieces that must be kept.
+
+    Raises:
+        InputError: fewer than these would be left.
+    """
     keys, teacher = config.student, model.config
     base = narrowed(config, Shape.whole(teacher, layers))
     plan = type(teacher).from_dict({**teacher.to_dict(), "num_hidden_layers": len(layers)})

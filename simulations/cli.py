@@ -85,6 +85,22 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 
 @app.command()
+def provision(
+    profiles: Annotated[Path, typer.Argument(metavar="PROFILES.toml", help="a table for each device")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+    *,
+    probed: Annotated[bool, typer.Option("--probe", help="also measure this machine, as the device `this`")] = False,
+    out: Annotated[Path | None, typer.Option(help="also write all figures to this JSON file")] = None,
+) -> None:
+    """Which student each device of a file gets, and why not a larger one."""
+    keys = load_config(config, settings or [])
+    from simulations.provision import provision as run
+
+    run(keys, profiles, probed=probed, out=out)
+
+
+@app.command()
 def bench(
     config: ConfigFile = None,
     settings: Settings = None,
