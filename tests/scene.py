@@ -80,4 +80,3 @@ class Forbidden:
 
 def bits(weights):
     return b"".join(weights[name].detach().numpy().tobytes() for name in sorted(weights))
-

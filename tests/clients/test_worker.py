@@ -201,9 +201,7 @@ def test_a_packed_sum_is_the_sum_of_its_clients_in_any_grouping(worker, arrays):
 def bare_updates(worker, arrays, number):
     """What each client learns, without the worker's way of adding up."""
     weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    recipe = make_recipe(
-        worker.config, number, worker.pupil.shape, worker.teacher.config, worker.data.task.regression
-    )
+    recipe = make_recipe(worker.config, number, worker.pupil.shape, worker.teacher.config, worker.data.task.regression)
     found = {}
     for client in CLIENTS:
         rows = worker.data.shard(client).train

@@ -552,7 +552,9 @@ def test_layers_are_paired_as_the_keys_say():
     assert recipe_of({}).relation_pairs == ((2, 5),)
 
 
-@pytest.mark.parametrize(("kept", "asked", "found"), [(6, 0, 6), (4, 0, 2), (5, 0, 1), (3, 0, 3), (4, 8, 8), (6, 24, 24)])
+@pytest.mark.parametrize(
+    ("kept", "asked", "found"), [(6, 0, 6), (4, 0, 2), (5, 0, 1), (3, 0, 3), (4, 8, 8), (6, 24, 24)]
+)
 def test_relation_heads_are_as_many_as_whole_heads_of_both_allow_unless_asked_for(kept, asked, found):
     """Heads are 4 wide: 4 and 6 of them make widths of 16 and 24, which eight relation heads divide."""
     shape = replace(SHAPE, heads=(tuple(range(kept)),) * 3)

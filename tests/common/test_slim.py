@@ -355,7 +355,9 @@ def test_a_shape_survives_json(cut):
 
 
 def test_another_family_is_refused_by_name():
-    with pytest.raises(InputError, match=r"^teacher.model = 'x': .*'albert'.* bert, roberta, electra, distilbert, gpt2$"):
+    with pytest.raises(
+        InputError, match=r"^teacher.model = 'x': .*'albert'.* bert, roberta, electra, distilbert, gpt2$"
+    ):
         check_family(AlbertConfig(), "teacher.model = 'x'")
 
 
