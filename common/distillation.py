@@ -281,6 +281,14 @@ def restore(student: Student) -> None:
         student.model.get_input_embeddings().weight = student.trained[student.words]
 
 
+def keep(state: Learning) -> None:
+    """Write the trained rows of the word embedding into the whole of it; all other weights are in the student."""
+    if state.vocabulary is not None:
+        words = state.student.words
+        with torch.no_grad():
+            state.student.trained[words][state.vocabulary] = state.trained[words]
+
+
 def learn(
     student: Student,
     weights: dict[str, Tensor],

@@ -104,6 +104,11 @@ def neuron_count(config: Any) -> int:
     return int(width if width is not None else 4 * config.hidden_size)
 
 
+def embedding_width(config: Any) -> int:
+    """Width of the word embedding; ELECTRA's may be narrower than its layers."""
+    return int(getattr(config, "embedding_size", config.hidden_size))
+
+
 def renumbered(state: Mapping[str, Any], family: Family, layers: tuple[int, ...]) -> dict[str, Any]:
     """The weights that a model with only these layers has, under the numbers that they get there."""
     kept = {}

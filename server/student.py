@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, Student, learn, make_recipe, relation_heads
+from common.distillation import Examples, Student, keep, learn, make_recipe, relation_heads
 from common.errors import InputError
-from common.families import head_count, neuron_count
+from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters, freeze_embeddings
@@ -111,7 +111,7 @@ def check_width(config: Config, shape: Shape, teacher: Any) -> None:
     for name, asked, most in (
         ("heads", keys.heads, head_count(teacher)),
         ("neurons", keys.neurons, neuron_count(teacher)),
-        ("embedding-rank", keys.embedding_rank, min(teacher.hidden_size, shape.pieces)),
+        ("embedding-rank", keys.embedding_rank, min(embedding_width(teacher), shape.pieces)),
     ):
         if asked > most:
             raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
@@ -227,8 +227,9 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
     trained = freeze_embeddings(student, keys.train_embeddings)
     weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
-        learn(
+        state = learn(
             Student.of(student, trained), weights, Examples(pupil.data.train, rows, soft, pupil.taught),
             recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
         )  # fmt: skip
+    keep(state)
     student.to("cpu").eval()

@@ -20,6 +20,8 @@ from common.distillation import (
     _outer,
     batch_of,
     begin,
+    keep,
+    learn,
     make_recipe,
     output_losses,
     pull_back,
@@ -329,6 +331,19 @@ def test_the_whole_word_embedding_is_back_after_training_and_after_a_failure(wor
         wordy.learn(examples=broken)
     assert wordy.student.model.get_input_embeddings().weight is table
     assert bits(wordy.learn()[0]) == bits(found)
+
+
+def test_trained_words_are_kept_in_the_whole_embedding_when_asked_for(wordy):
+    found, _ = wordy.learn()
+    with torch.no_grad():
+        for name, weight in wordy.weights.items():
+            wordy.student.trained[name].copy_(weight)
+    state = learn(
+        wordy.student, wordy.weights, wordy.examples, recipe=RECIPE, compute=FP32, seed=0, who=WHO
+    )  # fmt: skip
+    assert torch.equal(wordy.student.trained[WORDS], wordy.weights[WORDS])
+    keep(state)
+    assert bits(wordy.student.trained) == bits(found)
 
 
 def test_the_optimiser_keeps_no_memory_of_rows_that_are_gone(wordy):

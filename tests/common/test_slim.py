@@ -9,7 +9,7 @@ import torch
 from transformers import AlbertConfig, AutoModelForSequenceClassification
 
 from common.errors import InputError
-from common.families import FAMILIES, check_family, family_of, head_count, layers_of, neuron_count
+from common.families import FAMILIES, check_family, embedding_width, family_of, head_count, layers_of, neuron_count
 from common.models import DROPOUTS, load_teacher
 from common.slim import FactoredEmbedding, Shape, build, cut_student, load_slim, narrow, save_slim, widen
 from tests.conftest import make_sentences, make_student, make_teacher, make_tokens
@@ -364,6 +364,7 @@ def test_another_family_is_refused_by_name():
 def test_every_path_of_a_family_leads_somewhere(teacher):
     family, width = family_of(teacher), neuron_count(teacher.config)
     assert (head_count(teacher.config), len(layers_of(teacher))) == (4, 4)
+    assert embedding_width(teacher.config) == teacher.get_input_embeddings().embedding_dim
     for layer in layers_of(teacher):
         products = [layer.get_submodule(path) for path in (*family.heads, family.mix, family.up, family.down)]
         sizes = [product.weight.numel() for product in products]

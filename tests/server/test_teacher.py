@@ -7,6 +7,7 @@ from transformers import AlbertConfig, AutoModelForSequenceClassification, AutoT
 
 from common.dataset import FederatedDataset
 from common.errors import InputError
+from common.families import FAMILIES
 from common.hashing import hash_tensors
 from common.models import load_teacher
 from common.progress import Silent
@@ -34,7 +35,7 @@ def refusal(model):
 # Finding
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_layers_and_positions_are_read_without_the_weights(family, tmp_path):
     classifier = make_teacher(tmp_path / "classifier", family, labels=3, layers=2)
     encoder = make_teacher(tmp_path / "encoder", family, labels=0, layers=3)
