@@ -91,8 +91,8 @@ def probe_line(found: Measured) -> str:
     training, reading = (max(map(abs, line.errors)) for line in (found.training, found.reading))
     return (
         f"this machine ({found.compute}, {found.threads} of {found.cores} cores): "
-        f"trains {figures['tokens-per-s']:,.0f} and reads {figures['single-tokens-per-s']:,.0f} word pieces/s of the reference, "
-        f"{figures['layer-ms']:.2f} ms a layer; {found.memory_mb:,.0f} MB free; {found.watts:.1f} W "
+        f"trains {figures['tokens-per-s']:,.0f} and reads {figures['single-tokens-per-s']:,.0f} word pieces/s "
+        f"of the reference, {figures['layer-ms']:.2f} ms a layer; {found.memory_mb:,.0f} MB free; {found.watts:.1f} W "
         f"({found.watts_from}); fit off by {training:.0%} at most in training, {reading:.0%} in reading"
     )
 
