@@ -47,7 +47,8 @@ PADDING = 1 / (1 - 0.14)
 # bytes that travel up for each trained weight; topk's share k comes on top of its gaps' least bytes, and what svd sends
 # depends on the update: it is taken as if nothing were saved
 UP = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "topk": 1 / 255, "svd": 4.0}
-# what torch's kernels and the allocator take besides when training first runs: measured, 22 to 55 MB above the formula
+# added because peak memory was 22 to 55 MB above the rest of the formula, for four small encoders on one machine; what
+# takes it was not looked into, and the constant was not tried on others
 BUFFERS = 50_000_000
 SUM = 8.0  # of the exact sum, int64
 BATCH, LENGTH = 32, 32  # of the reference
