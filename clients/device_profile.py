@@ -1,12 +1,11 @@
 """The probe: what the machine it runs on can do, measured in seconds of work that a student would give it.
 
 Small encoders of known arithmetic, of several depths and widths, train and read; a rate and a fixed time per layer are
-fitted to what they took (least squares of relative errors, neither below zero). Timings on a busy machine are noisy:
-the probe takes the median of several, and says how far its own fit is off.
+fitted to what they took (least squares of relative errors, neither below zero). Other programs can only make a step
+slower, so of several timings the shortest counts; the probe says how far its own fit is off.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -97,8 +96,8 @@ def probe(config: Config, progress: Progress) -> Measured:
         for layers, heads, neurons in SHAPES:
             model, size = _encoder(layers, heads, neurons, compute)
             sizes.append(size)
-            training.append(_median_seconds(_trainer(model, config, compute), 7, compute))
-            reading.append(_median_seconds(_reader(model, compute), 30, compute))
+            training.append(_least_seconds(_trainer(model, config, compute), 7, compute))
+            reading.append(_least_seconds(_reader(model, compute), 30, compute))
             bar.advance()
     watts, source = _watts(joules, _joules(), time.perf_counter() - began, config.runtime.threads)
     depths = [size.layers for size in sizes]
@@ -175,7 +174,7 @@ def _labels(compute: Compute) -> torch.Tensor:
     return torch.arange(BATCH, device=compute.device) % 2
 
 
-def _median_seconds(work: Callable[[], None], repeats: int, compute: Compute) -> float:
+def _least_seconds(work: Callable[[], None], repeats: int, compute: Compute) -> float:
     taken = []
     for number in range(repeats + 2):
         began = time.perf_counter()
@@ -184,7 +183,7 @@ def _median_seconds(work: Callable[[], None], repeats: int, compute: Compute) ->
             torch.cuda.synchronize(compute.device)
         if number >= 2:  # the first ones allocate
             taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _watts(before: float | None, after: float | None, seconds: float, threads: int) -> tuple[float, str]:

@@ -73,7 +73,7 @@ class DeviceProfile(BaseModel):
         return filled
 
 
-# The reference takes 31.2 million operations to train on a word piece. A rate of products is taken as half of what the
+# The reference takes 31.4 million operations to train on a word piece. A rate of products is taken as half of what the
 # device reaches in Linpack (single precision counted double), for a transformer's are small.
 PRESETS: dict[str, dict[str, float]] = {
     "phone-low": {
@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, float]] = {
         "layer-ms": 0.5,  # assumed
         "bandwidth-mbit": 11,  # mobile upload, mean of the world, September 2020 (Speedtest Global Index: 11.22)
         "watts": 2,  # assumed: what a phone without a fan gives off for long
-        "latency-ms": 100,  # assumed: felt as at once (Nielsen 1993, Usability Engineering)
+        "latency-ms": 100,  # assumed: about what is felt as at once
         "energy-j": 550,  # assumed: 1 % of a battery of 4,000 mAh at 3.85 V, 55 kJ
         "max-seconds": 300,  # assumed
     },

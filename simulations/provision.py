@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -56,10 +56,15 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
 
 def choice_table(choices: dict[str, Choice], lattice: Lattice) -> Table:
     """A line per device; fits 80 columns."""
-    table = Table(title="the largest student that keeps to a device's budgets", title_style="bold", box=SIMPLE)
-    table.add_column("device", overflow="fold", max_width=16)
-    table.add_column("layers/heads\n/neurons")
-    for name in ("params", "of\nteacher", "memory\nMB", "latency\nms", "round\ns", "energy\nJ"):
+    table = Table(
+        title="the largest student that keeps to a device's budgets",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("device", overflow="fold", max_width=12)
+    table.add_column("layers/\nheads/\nneurons", no_wrap=True)
+    for name in ("params\n10^6", "of\nteacher", "memory\nMB", "latency\nms", "round\ns", "energy\nJ"):
         table.add_column(name, justify="right")
     for name, choice in choices.items():
         if choice.best is None or choice.cost is None:
@@ -69,7 +74,7 @@ def choice_table(choices: dict[str, Choice], lattice: Lattice) -> Table:
         share = f"{size.parameters / lattice.teacher.parameters:.0%}"
         figures = (cost.training_mb, cost.latency_ms, cost.round_s, cost.energy_j)
         table.add_row(
-            escape(name), choice.best.name, f"{size.parameters / 1e6:.1f} M", share, *(f"{x:,.3g}" for x in figures)
+            escape(name), choice.best.name, f"{size.parameters / 1e6:.3g}", share, *(f"{x:,.3g}" for x in figures)
         )
     return table
 
@@ -80,7 +85,7 @@ def refusal_table(name: str, choice: Choice) -> Table | Text:
         return Text(f"{name}: the run's own student fits")
     table = Table(title=f"{escape(name)}: refused", title_style="bold", title_justify="left", box=None, pad_edge=False)
     for refusal in choice.refused:
-        table.add_row(refusal.candidate.name, f"{refusal.candidate.size.parameters / 1e6:.2f} M", refusal.reason)
+        table.add_row(refusal.candidate.name, f"{refusal.candidate.size.parameters:,}", refusal.reason)
     table.show_header = False
     return table
 
@@ -91,8 +96,8 @@ def probe_line(found: Measured) -> str:
     training, reading = (max(map(abs, line.errors)) for line in (found.training, found.reading))
     return (
         f"this machine ({found.compute}, {found.threads} of {found.cores} cores): "
-        f"trains {figures['tokens-per-s']:,.0f} and reads {figures['single-tokens-per-s']:,.0f} word pieces/s of the reference, "
-        f"{figures['layer-ms']:.2f} ms a layer; {found.memory_mb:,.0f} MB free; {found.watts:.1f} W "
+        f"trains {figures['tokens-per-s']:,.0f} and reads {figures['single-tokens-per-s']:,.0f} word pieces/s "
+        f"of the reference, {figures['layer-ms']:.2f} ms a layer; {found.memory_mb:,.0f} MB free; {found.watts:.1f} W "
         f"({found.watts_from}); fit off by {training:.0%} at most in training, {reading:.0%} in reading"
     )
 
