@@ -12,6 +12,7 @@ from common.families import is_embedding
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
     "dropout", "attention_dropout", "seq_classif_dropout", "summary_last_dropout",
+    "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout",
 )  # fmt: skip
 
 
