@@ -1,6 +1,5 @@
 """``fedistill compare``: runs side by side."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,9 @@ from common.config import Config, load_config
 from common.errors import InputError
 from simulations.display import console_on
 from simulations.outcome import PLACES, Numbers, numbers, read_json, shares, spreads
-from simulations.table import Row, Sheet, drawn, percent, score
+from simulations.table import Row, Sheet, figure, percent, score, show
 
-ABREAST = 4  # runs that fit 80 columns
+ABREAST, WIDTH = 4, 11  # runs that fit 80 columns, each so many characters wide
 LABELS = {"federated": "held by the clients", "validation": "public validation"}
 
 
@@ -26,7 +25,7 @@ def compare(runs: Sequence[Path]) -> None:
     read = [_read(run) for run in runs]
     for start in range(0, len(runs), ABREAST):
         part = slice(start, start + ABREAST)
-        console.print(drawn(compare_sheet(names(runs)[part], read[part], differing([config for config, _ in read]))))
+        show(console, compare_sheet(names(runs)[part], read[part], differing([config for config, _ in read])))
 
 
 def _read(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -37,12 +36,13 @@ def _read(run: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def names(runs: Sequence[Path]) -> list[str]:
-    """The runs' paths without what they begin with alike."""
-    whole = [run.resolve() for run in runs]
-    if len(whole) == 1:
-        return [whole[0].name]
-    begin = Path(os.path.commonpath(whole))
-    return [path.relative_to(begin).as_posix() if path != begin else path.name for path in whole]
+    """The runs' paths without the folders that they begin and end with alike."""
+    parts = [run.resolve().parts for run in runs]
+    while all(len(each) > 1 for each in parts) and len({each[0] for each in parts}) == 1:
+        parts = [each[1:] for each in parts]
+    while all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    return ["/".join(each) for each in parts]
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
@@ -67,18 +67,21 @@ def compare_sheet(named: Sequence[str], runs: Sequence[tuple[Config, dict[str, A
         scores.append(row(LABELS[where], [score(each.get(f"{where}.student")) for each in found]))
         scores.append(row("  of the teacher's", [_kept(each, f"{where}.kept") for each in found]))
     costs = [
-        row("parameters", [_scaled(each, "params.student", 1e6, "M") for each in found]),
+        row("parameters", [_count(each.get("params.student")) for each in found]),
         row("  of the teacher's", [_kept(each, "params.ratio") for each in found]),
-        row("bytes", [_scaled(each, "bytes", 1e6, "MB") for each in found]),
-        row("time", [_scaled(each, "seconds", 1, "s") for each in found]),
+        row("megabytes sent", [figure(_over(each.get("bytes"), 1e6)) for each in found]),
+        row("seconds", [figure(each.get("seconds")) for each in found]),
     ]
-    return Sheet("runs side by side", ("", *named), [said, scores, costs])
+    return Sheet("runs side by side", ("", *named), [said, scores, costs], width=WIDTH)
 
 
 def _kept(found: Numbers, name: str) -> str:
     return percent(shares(spreads([found]))[name]) if found else "-"
 
 
-def _scaled(found: Numbers, name: str, unit: float, sign: str) -> str:
-    value = found.get(name)
-    return "-" if value is None else f"{value / unit:.1f} {sign}"
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _over(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

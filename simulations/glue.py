@@ -6,7 +6,7 @@ Published figures beside it: DistilBERT and its teacher on GLUE's development se
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from simulations.latency import run_latency
 from simulations.outcome import Numbers, Spread, averaged, shares, spread, spreads
 from simulations.sweep import Results, by_task, sweep
 from simulations.sweep_file import read_sweep
-from simulations.table import Row, Sheet, markdown, points, share
+from simulations.table import Row, Sheet, figure, markdown, share
 
 PRESET = Path(__file__).parent / "presets" / "glue.toml"
 AVERAGE = "mean"
@@ -32,8 +32,7 @@ DISTILBERT = {
     "cola": 51.3, "mnli": 82.2, "mrpc": 87.5, "qnli": 89.2, "qqp": 88.5, "rte": 59.9, "sst2": 91.3, "stsb": 86.9,
     "wnli": 56.3,
 }  # fmt: skip
-LABELS = {"validation.teacher": "teacher", "validation.student": "student", "ceiling": "ceiling"}
-SIZES = (("params.teacher", "teacher, M weights"), ("params.student", "student, M weights"))
+SIZES = (("params.teacher", "teacher M params"), ("params.student", "student M params"))
 COSTS = (
     ("mb.teacher", "teacher, MB"), ("mb.student", "student, MB"), ("mb.slim", "  slim form, MB"),
     ("ms.teacher", "teacher, ms"), ("ms.student", "student, ms"), ("ms.slim", "  slim form, ms"),
@@ -41,7 +40,7 @@ COSTS = (
 NOTES = (
     "Scores in hundredths, mean and standard deviation over seeds; % of quotients of means.",
     "teacher: fine-tuned on public text alone. ceiling: the same encoder on all train text.",
-    "Published: Sanh et al. 2019, centrally trained, mean of these tasks (of all nine the",
+    "2019: Sanh et al. 2019, centrally trained, mean of these tasks (of all nine the",
     "paper gives 79.5 and 77.0; 66 M of 110 M weights, 1.63 x faster).",
     "student: as transformers opens it; slim form: without the zeros that fill it up. ms: median",
     "for a validation text, batch 1, one thread, fp32, models taking turns.",
@@ -84,17 +83,23 @@ def glue_sheet(runs: Mapping[str, Mapping[int, Numbers]], measured: Mapping[str,
     columns = [spreads(list(each.values())) for each in (averaged(list(runs.values())), *runs.values())]
     kept = [shares(found) for found in columns]
 
-    def score(name: str) -> list[Row]:
+    def line(label: str, values: Iterable[float | None]) -> Row:
+        return (label, *(figure(_scaled(value, 100)) for value in values))
+
+    def score(name: str, label: str) -> list[Row]:
         found = [column.get(name, NOTHING) for column in columns]
-        return [(LABELS[name], *(points(each.mean) for each in found)), ("  ±", *(points(each.std) for each in found))]
+        return [line(label, (each.mean for each in found)), line("  ±", (each.std for each in found))]
 
-    def part(label: str, name: str) -> Row:
-        return (label, *(points(each[name]) for each in kept))
+    def part(name: str, label: str) -> Row:
+        return line(label, (each[name] for each in kept))
 
-    ours = [*score("validation.teacher"), *score("validation.student"), part("  % of teacher", "validation.kept")]
-    ours += [*score("ceiling"), part("  student, % of it", "ceiling.kept")]
-    size = [(label, *(_millions(column.get(name, NOTHING).mean) for column in columns)) for name, label in SIZES]
-    size.append(part("  %", "params.ratio"))
+    ours = [*score("validation.teacher", "teacher"), *score("validation.student", "student")]
+    ours.append(part("validation.kept", "  % of teacher"))
+    ours += [*score("ceiling", "ceiling"), part("ceiling.kept", "  student, % of it")]
+    size = [
+        (label, *(figure(_scaled(column.get(name, NOTHING).mean, 1e-6)) for column in columns)) for name, label in SIZES
+    ]
+    size.append(part("params.ratio", "  % of teacher"))
     sections = [ours, published(list(runs)), size, costs(list(runs), measured)]
     return Sheet("GLUE, public validation", ("", AVERAGE, *runs), sections, NOTES)
 
@@ -104,9 +109,9 @@ def published(tasks: Sequence[str]) -> list[Row]:
     above, below = ([statistics.fmean(row[task] for task in tasks), *(row[task] for task in tasks)]
                     for row in (DISTILBERT, BERT))  # fmt: skip
     return [
-        ("BERT-base, published", *(f"{value:.1f}" for value in below)),
-        ("DistilBERT, published", *(f"{value:.1f}" for value in above)),
-        ("  % of BERT-base", *(points(a / b) for a, b in zip(above, below, strict=True))),
+        ("BERT-base 2019", *(f"{value:.1f}" for value in below)),
+        ("DistilBERT 2019", *(f"{value:.1f}" for value in above)),
+        ("  % of BERT-base", *(figure(100 * a / b) for a, b in zip(above, below, strict=True))),
     ]
 
 
@@ -117,10 +122,10 @@ def costs(tasks: Sequence[str], measured: Mapping[str, Mapping[str, float]]) -> 
         found = [measured[task][name] if task in measured else None for task in tasks]
         return [spread(found).mean, *found]
 
-    rows: list[Row] = [(label, *(_short(value) for value in values(name))) for name, label in COSTS]
-    for name in ("student", "slim"):
+    rows: list[Row] = [(label, *(figure(value) for value in values(name))) for name, label in COSTS]
+    for name, label in (("student", "  x faster"), ("slim", "  slim, x faster")):
         faster = [share(a, b) for a, b in zip(values("ms.teacher"), values(f"ms.{name}"), strict=True)]
-        rows.append((f"  {name}, x faster", *("-" if each is None else f"{each:.2f}" for each in faster)))
+        rows.append((label, *("-" if each is None else f"{each:.2f}" for each in faster)))
     return rows
 
 
@@ -135,9 +140,5 @@ def glue_json(runs: Mapping[str, Mapping[int, Numbers]], measured: Mapping[str, 
     }
 
 
-def _millions(value: float | None) -> str:
-    return _short(None if value is None else value / 1e6)
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

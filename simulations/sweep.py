@@ -19,7 +19,7 @@ from simulations.child import as_settings, run_child
 from simulations.display import console_on, progress_for
 from simulations.outcome import Numbers, Spread, averaged, numbers, read_json, shares, spreads
 from simulations.sweep_file import Planned, Sweep
-from simulations.table import Row, Sheet, drawn, markdown, percent, points
+from simulations.table import Row, Sheet, markdown, percent, points, show
 
 WAITING = "waiting"
 
@@ -65,7 +65,7 @@ def sweep(
         progress.line(f"skipped, no text in data.source: {', '.join(plan.skipped)}")
     results = run_all(plan, out, progress)
     for sheet in (sweep_sheet(plan, results), *more(results, progress)):
-        console.print(drawn(sheet))
+        show(console, sheet)
     console.print(f"folder  {out}", markup=False, highlight=False, soft_wrap=True)
     if failed := [str(run.folder) for run, done in results.items() if done.status != "completed"]:
         raise RunFailed(f"{len(failed)} of {len(results)} runs: {', '.join(failed)}; --resume tries them again")
@@ -86,6 +86,7 @@ def run_all(plan: Sweep, out: Path, progress: Progress) -> Results:
                     done = _with_ceiling(run, out, done, ceilings, step.info)
                 results[run] = done
                 write_results(plan, results, out)
+                step.info("")
                 progress.line(f"{number}/{len(plan.runs)} {run.name}: {_said(done)}{', was there' if known else ''}")
                 step.advance()
         except (Interrupted, KeyboardInterrupt):
@@ -177,19 +178,18 @@ def sweep_sheet(plan: Sweep, results: Results) -> Sheet:
     sections = []
     for arm in plan.arms:
         tasks = by_task(plan, results, arm)
-        if len(tasks) == 1:
-            [runs] = tasks.values()
-            sections.append([_row(arm, runs, wanted, plan.ceiling)])
-            continue
         rows = [_row(f"  {task}", runs, wanted, plan.ceiling) for task, runs in tasks.items()]
         sections.append([_row(arm, averaged(list(tasks.values())), wanted, plan.ceiling), *rows])
+    if len({run.task for run in plan.runs}) == 1:  # an average of one says it all
+        sections = [[row for row, *_ in sections]]
     head = ("", "validation", "kept", "clients", "kept", "size", *(["of ceiling"] if plan.ceiling else []))
     return Sheet(_title(plan), head, sections, _notes(plan, results))
 
 
 def _title(plan: Sweep) -> str:
     tasks = dict.fromkeys(run.task for run in plan.runs)
-    return f"{', '.join(tasks)}: students, mean over {len({run.seed for run in plan.runs})} seeds"
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in plan.runs))
+    return f"{', '.join(tasks)}: students, mean over seeds {seeds}"
 
 
 def _notes(plan: Sweep, results: Results) -> list[str]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 Row = tuple[str, ...]
+NAME_WIDTH = 12  # characters that the first column keeps in a narrow terminal
 
 
 @dataclass(frozen=True)
@@ -20,24 +22,36 @@ class Sheet:
         head: the columns' names; the first column is the rows' names.
         sections: groups of rows, with space between them.
         notes: lines under the table.
+        width: characters at which what stands in the other columns folds; 0: it does not.
     """
 
     title: str
     head: Row
     sections: Sequence[Sequence[Row]]
     notes: Sequence[str] = ()
+    width: int = 0
+
+
+def show(console: Console, sheet: Sheet) -> None:
+    """Print a table and its notes."""
+    console.print(drawn(sheet), crop=False)
+    for note in sheet.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def drawn(sheet: Sheet) -> Table:
     """The sheet for a terminal. Names in the first column give way when it is narrow, figures never."""
     table = Table(
-        title=Text(sheet.title, style="bold"), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False,
-        caption=Text("\n".join(sheet.notes)) if sheet.notes else None, caption_justify="left",
+        title=Text(sheet.title, style="bold"), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
     )  # fmt: skip
-    for place, name in enumerate(sheet.head):
+    columns = list(zip(sheet.head, *(row for rows in sheet.sections for row in rows), strict=True))
+    table.add_column(Text(sheet.head[0]), overflow="fold", vertical="bottom", min_width=NAME_WIDTH)
+    for column in columns[1:]:
+        widest = max(map(len, column))
         table.add_column(
-            Text(name), justify="right" if place else "left", no_wrap=place > 0, overflow="fold", vertical="bottom"
-        )
+            Text(column[0]), justify="right", overflow="fold", no_wrap=not sheet.width,
+            min_width=None if sheet.width else widest, max_width=sheet.width or None,
+        )  # fmt: skip
     for rows in sheet.sections:
         for row in rows:
             table.add_row(*map(Text, row))
@@ -95,6 +109,11 @@ def score(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def figure(value: float | None) -> str:
+    """A number in four characters, up to 9999."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def points(value: float | None) -> str:
