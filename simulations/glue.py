@@ -38,12 +38,12 @@ COSTS = (
     ("ms.teacher", "teacher, ms"), ("ms.student", "student, ms"), ("ms.slim", "  slim form, ms"),
 )  # fmt: skip
 NOTES = (
-    "Scores in hundredths, mean and standard deviation over seeds; % of quotients of means.",
-    "teacher: fine-tuned on public text alone. ceiling: the same encoder on all train text.",
-    "2019: Sanh et al. 2019, centrally trained, mean of these tasks (of all nine the",
-    "paper gives 79.5 and 77.0; 66 M of 110 M weights, 1.63 x faster).",
-    "student: as transformers opens it; slim form: without the zeros that fill it up. ms: median",
-    "for a validation text, batch 1, one thread, fp32, models taking turns.",
+    "Scores in hundredths: mean, ± deviation over seeds; %: quotients of means.",
+    "teacher: fine-tuned on public text alone; ceiling: its encoder, on all of train.",
+    "2019: Sanh et al., trained centrally; mean: of these tasks (of all nine it",
+    "says 79.5 and 77.0; 66 M of 110 M params, 1.63 x faster).",
+    "student: as transformers opens it; slim form: without the zeros that fill it up.",
+    "ms: median for a validation text, batch 1, one thread, fp32, models in turns.",
 )
 NOTHING = Spread(None, None, 0)
 

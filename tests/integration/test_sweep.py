@@ -13,6 +13,7 @@ from common.errors import Interrupted
 from simulations.child import run_child
 from tests.conftest import make_teacher
 from tests.integration.conftest import read_summary
+from tests.server.test_gpt2 import make_gpt2
 
 FILE = """
 ceiling = true
@@ -69,6 +70,19 @@ def test_arms_are_run_compared_and_not_run_again(fedistill, tmp_path):
     assert [line.split() for line in side.stdout.splitlines() if "student.layers" in line] == [
         ["student.layers", "2", "1"]
     ]
+
+
+def test_one_recipe_makes_students_of_an_encoder_and_a_decoder(fedistill, tmp_path):
+    make_teacher(tmp_path / "distilbert", "distilbert", labels=0)
+    make_gpt2(tmp_path / "gpt2")
+    recipe = FILE[: FILE.index("[arms")].replace('teacher.model = "encoder"', "student.heads = 1\nstudent.neurons = 8")
+    arms = [f'[arms.{name}]\nteacher.model = "{name}"' for name in ("distilbert", "gpt2")]
+    (tmp_path / "a.toml").write_text("\n".join([recipe.replace("ceiling = true", "student.layers = 2"), *arms]))
+    done = fedistill("sweep", "a.toml", "--out", "all", timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("distilbert", "gpt2"):
+        shape = read_summary(tmp_path / "all" / name / "toy" / "seed-0")["student"]["shape"]
+        assert (len(shape["layers"]), shape["heads"], shape["neurons"]) == (2, 1, 8)
 
 
 def test_a_command_runs_in_its_own_process_and_says_its_last_line():
