@@ -317,13 +317,23 @@ def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Co
     """
     flat: dict[str, Any] = dict(base.flat()) if base is not None else {}
     if path is not None:
-        flat |= _read_toml(path)
+        flat |= read_toml(path)
+    return from_flat(flat | read_settings(settings))
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, Scalar]:
+    """Dotted keys from ``key=value`` texts; the keys are not checked.
+
+    Raises:
+        InputError: one is no ``key=value``.
+    """
+    flat: dict[str, Scalar] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise InputError(f"-s {setting}: give key=value, e.g. -s rounds=3")
         flat[key.strip()] = _parse(text.strip())
-    return from_flat(flat)
+    return flat
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
@@ -346,7 +356,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
         raise InputError(_first_problem(error)) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys of a TOML file; neither keys nor values are checked.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
     try:
         document = tomllib.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:

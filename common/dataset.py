@@ -237,16 +237,19 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a model folder.
 
     Raises:
-        InputError: the folder has none that loads.
+        InputError: the folder has none that loads, or it has no padding piece.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")):
         raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or a vocabulary); save it beside the model")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files surface as many different kinds
         raise InputError(f"{folder}: no tokenizer loads from it ({type(error).__name__})") from None
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: its tokenizer has no padding piece; set pad_token (e.g. to eos_token) and save it")
+    return tokenizer
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:

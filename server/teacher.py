@@ -92,11 +92,25 @@ def find_teacher(model: str) -> TeacherSource:
     except Exception as error:
         raise InputError(f"{where}: config.json does not load ({type(error).__name__})") from None
     check_family(config, where)
+    if FAMILIES[config.model_type].reads_last:
+        _check_padding(folder, config, where)
     head = config.num_labels if _has_head(files, FAMILIES[config.model_type].classifier, where) else 0
     # RoBERTa counts positions from behind its padding piece
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     labels = tuple(str(config.id2label[number]).lower() for number in range(head))
     return TeacherSource(folder, head, labels, config.num_hidden_layers, config.max_position_embeddings - unused)
+
+
+def _check_padding(folder: Path, config: Any, where: str) -> None:
+    """Raise `InputError` when the model would not find the end of a text that the tokenizer's piece fills up."""
+    try:
+        piece = load_tokenizer(folder).pad_token_id
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if config.pad_token_id != piece:
+        raise InputError(
+            f"{where}: config.json has pad_token_id = {config.pad_token_id}, its tokenizer {piece}; give both the same"
+        )
 
 
 def check_length(source: TeacherSource, max_length: int) -> None:
@@ -131,14 +145,21 @@ def prepare_teacher(
     if source.head:
         model = load_teacher(source.folder)
         return Teacher(source.folder, hash_tensors(model.state_dict()), 0)
-    public = _labelled(data, data.public)
+    public = labelled_rows(data, data.public)
     if not len(public):
         raise InputError("data.public-fraction: no public example has a label to fine-tune the bare encoder on")
+    return tuned(config, source, data, public, cache=cache, progress=progress)
+
+
+def tuned(
+    config: Config, source: TeacherSource, data: FederatedDataset, rows: Index, *, cache: Path, progress: Progress
+) -> Teacher:
+    """The encoder fine-tuned on some rows of the train table, held in the cache by everything it depends on."""
     compute = choose_compute(config.runtime.device, config.client.precision)
     key = hash_json(
         {
             "encoder": hash_files(source.folder.glob("*.safetensors")),
-            "public": _content(data, public),
+            "public": _content(data, rows),
             "tokenizer": tokenizer_hash(source.folder),
             "max-length": config.data.max_length,
             "seed": config.seed,
@@ -150,10 +171,10 @@ def prepare_teacher(
     target = cache / "teachers" / key
     with build_folder(target) as draft:
         if draft is not None:
-            model = fine_tune(config, source.folder, data, public, progress)
+            model = fine_tune(config, source.folder, data, rows, progress)
             model.save_pretrained(draft)
             load_tokenizer(source.folder).save_pretrained(draft)
-            note = {"hash": hash_tensors(model.state_dict()), "examples": len(public)}
+            note = {"hash": hash_tensors(model.state_dict()), "examples": len(rows)}
             (draft / "fedistill.json").write_text(json.dumps(note))
     note = json.loads((target / "fedistill.json").read_text())
     return Teacher(target, note["hash"], note["examples"])
@@ -180,7 +201,7 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
     )
-    with progress.step(f"fine-tune the teacher on {len(rows):,} public examples", len(rows) * keys.epochs) as step:
+    with progress.step(f"fine-tune the teacher on {len(rows):,} examples", len(rows) * keys.epochs) as step:
         for places in (places for batches in epochs for places in batches):
             batch = rows[places]
             labels = torch.from_numpy(data.train.labels[batch]).to(compute.device)
@@ -199,7 +220,8 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     return model.to("cpu").requires_grad_(False).eval()
 
 
-def _labelled(data: FederatedDataset, rows: Index) -> Index:
+def labelled_rows(data: FederatedDataset, rows: Index) -> Index:
+    """Those of some rows of the train table that have a label."""
     return rows[labelled(data.train.labels[rows])]
 
 
