@@ -262,8 +262,8 @@ class Config(_Section):
         narrower = self.student.heads or self.student.neurons
         if narrower and self.student.width_selection == "importance" and keys.soft_weight + keys.hard_weight == 0:
             raise ValueError(
-                "student.width-selection = 'importance': it is measured on the loss on outputs, but distill.soft-weight "
-                "and hard-weight are 0; give one of them a weight, or student.width-selection = 'random'"
+                "student.width-selection = 'importance': it is measured on the loss on outputs, but "
+                "distill.soft-weight and hard-weight are 0; give one of them a weight, or student.width-selection = 'random'"
             )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")

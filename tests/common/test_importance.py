@@ -45,7 +45,7 @@ def gated(scene, recipe):
         hard = F.cross_entropy(logits, torch.tensor([scene.data.labels[row]]))
         loss = recipe.weights["soft"] * kl + recipe.weights["hard"] * hard
         for total, grad in zip(totals, torch.autograd.grad(loss, gates), strict=True):
-            total += grad.abs()
+            total.add_(grad.abs())
     for hook in hooks:
         hook.remove()
     means = [(total / len(scene.examples.rows)).numpy() for total in totals]

@@ -171,7 +171,7 @@ def test_no_text_of_known_letters_has_an_unknown_piece_or_loses_a_letter(whole, 
 
 
 def test_byte_level_pieces_lose_no_letter_of_any_script(folder, whole, trimmed):
-    pieces, tokenizer = trimmed
+    _, tokenizer = trimmed
     texts = ["Grüße aus Köln", "映画は最高 🎬", "a\ttab\nand a line", ""]
     for text in texts:
         expected = whole.decode(whole(text)["input_ids"], skip_special_tokens=True)

@@ -47,7 +47,7 @@ def strong_teacher(tmp_path_factory):
     folder = make_teacher(tmp_path_factory.mktemp("strong"))
     model, rng = load_teacher(folder), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter += 0.15 * torch.randn(parameter.shape, generator=rng)
+        parameter.add_(0.15 * torch.randn(parameter.shape, generator=rng))
     model.save_pretrained(folder)
     return folder
 
@@ -147,7 +147,7 @@ def test_electras_rank_is_at_most_the_width_of_its_embedding(tmp_path):
 
 def test_a_rank_is_at_most_the_number_of_pieces(school):
     shape = replace(Shape.whole(school.lesson.model.config, (0, 3)), pieces=5)
-    with pytest.raises(InputError, match="student.embedding-rank = 6: the teacher has 5"):
+    with pytest.raises(InputError, match=r"student.embedding-rank = 6: the teacher has 5"):
         check_width(school.config(student__embedding_rank=6), shape, school.lesson.model.config)
 
 
