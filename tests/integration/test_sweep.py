@@ -99,10 +99,14 @@ def test_a_stop_ends_the_command_too(tmp_path: Path, number: int):
     encoder = make_teacher(tmp_path / "encoder", labels=0)
     keys = {"teacher.model": encoder, "data.max-length": 32, "teacher.epochs": 100}
     settings = [part for key, value in keys.items() for part in ("-s", f"{key}={value}")]
-    threading.Timer(4.0, os.kill, (os.getpid(), number)).start()
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted):
-        run_child(["ceiling", *settings, "--out", str(tmp_path / "out")], lambda line: None)
+    timer = threading.Timer(4.0, os.kill, (os.getpid(), number))
+    timer.start()
+    try:
+        with pytest.raises(Interrupted):
+            run_child(["ceiling", *settings, "--out", str(tmp_path / "out")], lambda line: None)
+    finally:
+        timer.cancel()  # else it would end the tests
     assert signal.getsignal(number) == before
     assert not [child for child in psutil.Process().children() if "simulations.cli" in child.cmdline()]
     assert not (tmp_path / "out").exists()
