@@ -61,7 +61,15 @@ class DataKeys(_Section):
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
     text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
     label_column: str = Field("label", description="for `text`: the column of class names or numbers")
-    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example")
+    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example, or of each of its windows")
+    windows: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="a longer text is cut into at most so many windows, whose mean logits are the example's; 1: it is "
+        "cut short. Single texts only",
+    )
+    stride: int = Field(0, ge=0, description="word pieces that neighbouring windows share")
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
 
@@ -255,6 +263,10 @@ class Config(_Section):
             raise ValueError(
                 f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "
                 f"student.vocabulary = {self.student.vocabulary} does too; give one of them"
+            )
+        if self.data.stride and self.data.windows == 1:
+            raise ValueError(
+                f"data.stride = {self.data.stride}: with data.windows = 1 there is nothing to share; give more windows"
             )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")

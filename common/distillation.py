@@ -119,12 +119,13 @@ class Batch:
     """Examples on their device.
 
     Attributes:
-        inputs: the student's.
+        inputs: the student's, a row for each window of the examples.
         soft: (batch, num_labels) the teacher's logits.
         hard: (batch,) labels, or None when they are not read.
         taught: the teacher's inputs, for losses on inner states.
         places: where the two are compared: (batch, positions) in the student's and in the teacher's inputs, and a
             mask of these; None: everywhere.
+        pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
     """
 
     inputs: dict[str, Tensor]
@@ -132,6 +133,7 @@ class Batch:
     hard: Tensor | None
     taught: dict[str, Tensor]
     places: tuple[Tensor, Tensor, Tensor] | None = None
+    pooling: Tensor | None = None
 
 
 @dataclass
@@ -331,11 +333,13 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
     # when they are not needed, labels are not even read: a client may have none
     hard = torch.from_numpy(np.asarray(data.labels[rows])).to(device) if recipe.labelled else None
     own, taught, compared = inputs(data.tokens), {}, None
+    pooling = data.tokens.pooling(rows)
     if recipe.deep and examples.taught is not None:
         taught, compared = inputs(examples.taught), _aligned(data.tokens, examples.taught, rows, device)
     elif recipe.deep:
         taught = own
-    return Batch(own, torch.from_numpy(examples.soft[places]).to(device), hard, taught, compared)
+    soft = torch.from_numpy(examples.soft[places]).to(device)
+    return Batch(own, soft, hard, taught, compared, None if pooling is None else pooling.to(device))
 
 
 def _aligned(own: Tokens, taught: Tokens, rows: NDArray[np.int64], device: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,7 +364,7 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     related = recipe.weights["relation"] > 0
     with compute.autocast(), _watched(state.student.model, [s for s, _ in recipe.relation_pairs] * related) as ours:
         output = state.student.model(**own, output_hidden_states=recipe.deep)
-    logits = output.logits.float()
+    logits = losses.pooled(output.logits, batch.pooling)
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)
     parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)

@@ -1,13 +1,23 @@
 """Distillation losses, each with its formula and source. To add one, add a function and a key for its weight.
 
 Those on outputs give one number per example, (batch,), because examples may weigh differently; those on inner states
-give one number. A teacher and a student that cut text into different pieces are compared word by word, at each word's
-first piece: `common.distillation` gathers these before it calls.
+give one number, and take the windows of an example that has several as examples. A teacher and a student that cut text
+into different pieces are compared word by word, at each word's first piece: `common.distillation` gathers these before
+it calls.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def pooled(logits: Tensor, pooling: Tensor | None) -> Tensor:
+    """(examples, classes) float32: the mean over each example's windows, see `common.tokens.Tokens.pooling`.
+
+    Args:
+        logits: (windows, classes).
+    """
+    return logits.float() if pooling is None else pooling @ logits.float()
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.families import FAMILIES, check_family
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
-from common.losses import hard_labels, score_error
+from common.losses import hard_labels, pooled, score_error
 from common.models import load_teacher, set_training
 from common.partition import Index
 from common.progress import Progress
@@ -140,7 +140,7 @@ def prepare_teacher(
             "encoder": hash_files(source.folder.glob("*.safetensors")),
             "public": _content(data, public),
             "tokenizer": tokenizer_hash(source.folder),
-            "max-length": config.data.max_length,
+            "windows": [config.data.max_length, config.data.windows, config.data.stride],
             "seed": config.seed,
             "keys": config.teacher.model_dump(exclude={"model"}),
             "compute": compute.name,
@@ -185,11 +185,11 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
             batch = rows[places]
             labels = torch.from_numpy(data.train.labels[batch]).to(compute.device)
             inputs = {name: tensor.to(compute.device) for name, tensor in data.train.tokens.batch(batch).items()}
+            pooling = data.train.tokens.pooling(batch)
             with compute.autocast():
                 logits = model(**inputs).logits
-            loss = (
-                score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
-            ).mean()
+            logits = pooled(logits, None if pooling is None else pooling.to(compute.device))
+            loss = (score_error(logits, labels.float()) if task.regression else hard_labels(logits, labels)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
