@@ -61,6 +61,12 @@ class DataKeys(_Section):
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
     text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
     label_column: str = Field("label", description="for `text`: the column of class names or numbers")
+    multi_label: bool = Field(
+        False, description="for `text`: an example has any number of classes, e.g. a|b; an empty cell is unlabelled"
+    )
+    label_separator: str = Field(
+        "|", min_length=1, description="between the classes of a cell with `multi-label`; alone in it: no class"
+    )
     max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example, or of each of its windows")
     windows: int = Field(
         1,
@@ -264,6 +270,8 @@ class Config(_Section):
                 f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "
                 f"student.vocabulary = {self.student.vocabulary} does too; give one of them"
             )
+        if self.data.multi_label and self.task != "text":
+            raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
         if self.data.stride and self.data.windows == 1:
             raise ValueError(
                 f"data.stride = {self.data.stride}: with data.windows = 1 there is nothing to share; give more windows"

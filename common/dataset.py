@@ -39,7 +39,7 @@ class Split:
 
     Attributes:
         tokens: n examples.
-        labels: (n,) int64 classes (-1: unlabelled) or float64 scores (NaN: unlabelled).
+        labels: see `common.corpus.Table`.
         keys: (n, 16) uint8 content hash of each example's text.
         texts: one column, or two for pairs.
     """

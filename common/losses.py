@@ -39,6 +39,27 @@ def hard_labels(student: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student, labels, reduction="none")
 
 
+def soft_multi_label(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * mean over classes of KL(Bernoulli(p) || Bernoulli(q)), p = sigmoid(teacher / T), q = sigmoid(student / T).
+
+    For examples that have any number of the classes: each class is a question of its own, with the two answers
+    distilled as `soft_targets` distils many. Yang et al. 2023 (https://arxiv.org/abs/2308.06453), with
+    the factor of Hinton et al. and, as in `hard_multi_label`, the mean over classes for their sum.
+
+    Args:
+        student, teacher: (batch, classes) logits.
+    """
+    own, other = student / temperature, teacher / temperature
+    yes, no = torch.sigmoid(other), torch.sigmoid(-other)
+    distance = yes * (F.logsigmoid(other) - F.logsigmoid(own)) + no * (F.logsigmoid(-other) - F.logsigmoid(-own))
+    return distance.mean(dim=-1) * temperature**2
+
+
+def hard_multi_label(student: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of (batch, classes) logits with labels of 0 and 1, mean over classes."""
+    return F.binary_cross_entropy_with_logits(student, labels.to(student.dtype), reduction="none").mean(dim=-1)
+
+
 def score_error(student: Tensor, target: Tensor) -> Tensor:
     """Squared error of (batch, 1) scores with (batch, 1) or (batch,) targets: soft or hard, for STS-B."""
     return F.mse_loss(student.reshape(-1), target.reshape(-1), reduction="none")
