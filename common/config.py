@@ -61,7 +61,21 @@ class DataKeys(_Section):
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
     text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
     label_column: str = Field("label", description="for `text`: the column of class names or numbers")
-    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example")
+    multi_label: bool = Field(
+        False, description="for `text`: an example has any number of classes, e.g. a|b; an empty cell is unlabelled"
+    )
+    label_separator: str = Field(
+        "|", min_length=1, description="between the classes of a cell with `multi-label`; alone in it: no class"
+    )
+    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example, or of each of its windows")
+    windows: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="a longer text is cut into at most so many windows, whose mean logits are the example's; 1: it is "
+        "cut short. Single texts only",
+    )
+    stride: int = Field(0, ge=0, description="word pieces that neighbouring windows share")
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
 
@@ -263,7 +277,14 @@ class Config(_Section):
         if narrower and self.student.width_selection == "importance" and keys.soft_weight + keys.hard_weight == 0:
             raise ValueError(
                 "student.width-selection = 'importance': it is measured on the loss on outputs, but "
-                "distill.soft-weight and hard-weight are 0; give one of them a weight, or student.width-selection = 'random'"
+                "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
+                "student.width-selection = 'random'"
+            )
+        if self.data.multi_label and self.task != "text":
+            raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
+        if self.data.stride and self.data.windows == 1:
+            raise ValueError(
+                f"data.stride = {self.data.stride}: with data.windows = 1 there is nothing to share; give more windows"
             )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")

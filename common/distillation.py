@@ -101,6 +101,7 @@ class Recipe:
     relation_pairs: Pairs
     relation_heads: int
     regression: bool
+    multi_label: bool = False
     proximal: float = 0.0
     last_lr: float = 0.0
 
@@ -119,12 +120,13 @@ class Batch:
     """Examples on their device.
 
     Attributes:
-        inputs: the student's.
+        inputs: the student's, a row for each window of the examples.
         soft: (batch, num_labels) the teacher's logits.
-        hard: (batch,) labels, or None when they are not read.
+        hard: (batch,) labels, (batch, classes) for multi-label, or None when they are not read.
         taught: the teacher's inputs, for losses on inner states.
         places: where the two are compared: (batch, positions) in the student's and in the teacher's inputs, and a
             mask of these; None: everywhere.
+        pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
     """
 
     inputs: dict[str, Tensor]
@@ -132,6 +134,7 @@ class Batch:
     hard: Tensor | None
     taught: dict[str, Tensor]
     places: tuple[Tensor, Tensor, Tensor] | None = None
+    pooling: Tensor | None = None
 
 
 @dataclass
@@ -181,6 +184,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         relation_pairs=pair_hidden_layers(distill.relation_layers, *layers),
         relation_heads=relation_heads(distill.relation_heads, shape, teacher),
         regression=regression,
+        multi_label=config.data.multi_label,
         proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
     )
 
@@ -257,14 +261,19 @@ def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     if not recipe.adaptive:
         return on_soft * soft.mean() + on_hard * hard.mean()
     assert batch.hard is not None
-    trust = _trust(batch.soft, batch.hard, recipe.regression)
+    trust = _trust(batch.soft, batch.hard, recipe)
     return (on_soft * trust * soft + (on_hard + on_soft * (1.0 - trust)) * hard).mean()
 
 
-def _trust(soft: Tensor, hard: Tensor, regression: bool) -> Tensor:
-    """(batch,) how right the teacher is, from 0 to 1: its probability of the label; exp(-error^2) for a score."""
-    if regression:
+def _trust(soft: Tensor, hard: Tensor, recipe: Recipe) -> Tensor:
+    """(batch,) how right the teacher is, from 0 to 1: its probability of the label; exp(-error^2) for a score.
+
+    For multi-label its probability of what the label says of a class, mean over classes.
+    """
+    if recipe.regression:
         return torch.exp(-losses.score_error(soft, hard.float()))
+    if recipe.multi_label:
+        return torch.sigmoid(torch.where(hard > 0, soft, -soft)).mean(dim=-1)
     return torch.softmax(soft, dim=-1).gather(1, hard[:, None]).squeeze(1)
 
 
@@ -339,11 +348,13 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
     # when they are not needed, labels are not even read: a client may have none
     hard = torch.from_numpy(np.asarray(data.labels[rows])).to(device) if recipe.labelled else None
     own, taught, compared = inputs(data.tokens), {}, None
+    pooling = data.tokens.pooling(rows)
     if recipe.deep and examples.taught is not None:
         taught, compared = inputs(examples.taught), _aligned(data.tokens, examples.taught, rows, device)
     elif recipe.deep:
         taught = own
-    return Batch(own, torch.from_numpy(examples.soft[places]).to(device), hard, taught, compared)
+    soft = torch.from_numpy(examples.soft[places]).to(device)
+    return Batch(own, soft, hard, taught, compared, None if pooling is None else pooling.to(device))
 
 
 def _aligned(own: Tokens, taught: Tokens, rows: NDArray[np.int64], device: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,7 +379,7 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     related = recipe.weights["relation"] > 0
     with compute.autocast(), _watched(state.student.model, [s for s, _ in recipe.relation_pairs] * related) as ours:
         output = state.student.model(**own, output_hidden_states=recipe.deep)
-    logits = output.logits.float()
+    logits = losses.pooled(output.logits, batch.pooling)
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)
     parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)
@@ -401,6 +412,9 @@ def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor,
     if recipe.regression:
         soft = losses.score_error(logits, batch.soft)
         return soft, torch.zeros_like(soft) if hard is None else losses.score_error(logits, hard.float())
+    if recipe.multi_label:
+        soft = losses.soft_multi_label(logits, batch.soft, recipe.temperature)
+        return soft, torch.zeros_like(soft) if hard is None else losses.hard_multi_label(logits, hard)
     soft = losses.soft_targets(logits, batch.soft, recipe.temperature)
     return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
 

@@ -139,10 +139,7 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     )
     if not keep:
         return []
-    tokens = data.train.tokens
-    rows = np.asarray(data.public)
-    spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
-    counts = np.bincount(np.concatenate([*spans, np.zeros(0, np.int32)]), minlength=model.config.vocab_size)
+    counts = np.bincount(data.train.tokens.pieces(np.asarray(data.public)), minlength=model.config.vocab_size)
     return choose_pieces(tokenizer, counts, keep)
 
 
@@ -208,6 +205,7 @@ def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
         "distill": config.distill.model_dump(),
         "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
+        "windows": [data.max_length, data.windows, data.stride],
         "compute": lesson.compute.name,
     }
 

