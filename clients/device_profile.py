@@ -148,8 +148,8 @@ def _trainer(model: Any, config: Config, compute: Compute) -> Callable[[], None]
     trained = freeze_embeddings(model, train_embeddings=False)
     weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     state = begin(Student.of(model, trained), weights, recipe)
-    batch = Batch(_inputs(BATCH, compute), torch.zeros(BATCH, 2).to(compute.device), _labels(compute), {})
-    return lambda: step(state, batch, recipe=recipe, compute=compute)
+    batch = Batch(_inputs(BATCH, compute), torch.zeros(BATCH, 2).to(compute.device), _labels(compute), {}, BATCH * LENGTH)
+    return lambda: step(state, [batch], recipe=recipe, compute=compute)
 
 
 def _reader(model: Any, compute: Compute) -> Callable[[], None]:

@@ -148,7 +148,13 @@ class ClientKeys(_Section):
         description="AdamW weight decay; of trained word embeddings only the client's own words decay",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
-    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
+    micro_budget: int = Field(
+        0,
+        ge=0,
+        description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
+        "up; 0: as `token-budget`",
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )

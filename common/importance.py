@@ -35,9 +35,10 @@ def importance(
     """
     rows = chosen(len(examples.rows), seed, client)
     lengths = examples.data.tokens.lengths(examples.rows[rows])
+    budget = min(recipe.token_budget, recipe.micro_budget or recipe.token_budget)
     totals: list[NDArray[np.float64]] = []
     model.eval()
-    for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "importance", client, 1)):
+    for places in token_budget_batches(lengths, budget, generator(seed, "importance", client, 1)):
         batch = batch_of(examples, rows[places], recipe, compute)
         with _gated(model) as gated, compute.autocast():
             logits = model(**batch.inputs).logits

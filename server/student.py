@@ -203,7 +203,12 @@ def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
     return {
         "keys": [config.student.warm_epochs, config.student.warm_lr, config.student.train_embeddings],
         "distill": config.distill.model_dump(),
-        "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
+        "client": [
+            config.client.token_budget,
+            config.client.micro_budget,
+            config.client.weight_decay,
+            config.client.clip_norm,
+        ],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
         "windows": [data.max_length, data.windows, data.stride],
         "compute": lesson.compute.name,
