@@ -62,7 +62,21 @@ class DataKeys(_Section):
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
     text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
     label_column: str = Field("label", description="for `text`: the column of class names or numbers")
-    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example")
+    multi_label: bool = Field(
+        False, description="for `text`: an example has any number of classes, e.g. a|b; an empty cell is unlabelled"
+    )
+    label_separator: str = Field(
+        "|", min_length=1, description="between the classes of a cell with `multi-label`; alone in it: no class"
+    )
+    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example, or of each of its windows")
+    windows: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="a longer text is cut into at most so many windows, whose mean logits are the example's; 1: it is "
+        "cut short. Single texts only",
+    )
+    stride: int = Field(0, ge=0, description="word pieces that neighbouring windows share")
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
 
@@ -98,7 +112,7 @@ class StudentKeys(_Section):
     train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
     tiers: str = Field(
         "",
-        description="smaller students inside the whole one, smallest first, and the share of clients that hold each: "
+        description="students inside the whole one, smallest first, and the share of clients that hold each: "
         "LAYERS/HEADS/NEURONS@SHARE, comma between, e.g. 1/4/256@0.5,2/6/512@0.3 (0 heads or neurons: as many as the "
         "whole); the other clients hold the whole; empty: all do",
     )
@@ -110,11 +124,16 @@ class StudentKeys(_Section):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """The smaller students of `tiers`."""
+        """The students of `tiers`."""
         try:
             return read_sizes(self.tiers, (self.layers, self.heads, self.neurons))
         except ValueError as error:
             raise ValueError(f"student.tiers = {self.tiers!r}: {error}") from None
+
+    @property
+    def narrows(self) -> bool:
+        """Whether heads and neurons are chosen before round 1: for the whole student, or for one inside it."""
+        return any((self.heads, self.neurons, *(size.heads or size.neurons for size in self.sizes)))
 
 
 class DistillKeys(_Section):
@@ -158,7 +177,13 @@ class ClientKeys(_Section):
         description="AdamW weight decay; of trained word embeddings only the client's own words decay",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
-    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
+    micro_budget: int = Field(
+        0,
+        ge=0,
+        description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
+        "up; 0: as `token-budget`",
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
@@ -274,11 +299,27 @@ class Config(_Section):
     def _keys_that_need_each_other(self) -> "Config":
         keys = self.distill
         if keys.soft_weight + keys.hard_weight + keys.hidden_weight + keys.cls_weight + keys.relation_weight == 0:
-            raise ValueError("every weight of the section distill is 0: nothing to learn from")
+            raise ValueError(
+                "distill.soft-weight, hard-weight, hidden-weight, cls-weight and relation-weight are all 0: nothing to "
+                "learn from"
+            )
         if self.student.target_ratio and self.student.vocabulary:
             raise ValueError(
                 f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "
                 f"student.vocabulary = {self.student.vocabulary} does too; give one of them"
+            )
+        narrower = self.student.narrows
+        if narrower and self.student.width_selection == "importance" and keys.soft_weight + keys.hard_weight == 0:
+            raise ValueError(
+                "student.width-selection = 'importance': it is measured on the loss on outputs, but "
+                "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
+                "student.width-selection = 'random'"
+            )
+        if self.data.multi_label and self.task != "text":
+            raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
+        if self.data.stride and self.data.windows == 1:
+            raise ValueError(
+                f"data.stride = {self.data.stride}: with data.windows = 1 there is nothing to share; give more windows"
             )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")
@@ -294,13 +335,18 @@ class Config(_Section):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
-        if self.student.sizes:
-            self._what_tiers_allow()
+        self._what_tiers_allow()
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
 
     def _what_tiers_allow(self) -> None:
+        if not self.student.sizes:
+            if self.student.tier_mode != "nested":
+                raise ValueError(
+                    f"student.tier-mode = {self.student.tier_mode!r}: student.tiers is empty; give them, or `nested`"
+                )
+            return
         against = _needs_own_updates(self.server.model_dump(by_alias=True))
         against += ["server.packing = 'off'"] if self.server.packing == "off" else []
         against += ["student.train-embeddings = true"] if self.student.train_embeddings else []
@@ -344,13 +390,23 @@ def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Co
     """
     flat: dict[str, Any] = dict(base.flat()) if base is not None else {}
     if path is not None:
-        flat |= _read_toml(path)
+        flat |= read_toml(path)
+    return from_flat(flat | read_settings(settings))
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, Scalar]:
+    """Dotted keys from ``key=value`` texts; the keys are not checked.
+
+    Raises:
+        InputError: one is no ``key=value``.
+    """
+    flat: dict[str, Scalar] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise InputError(f"-s {setting}: give key=value, e.g. -s rounds=3")
         flat[key.strip()] = _parse(text.strip())
-    return from_flat(flat)
+    return flat
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
@@ -373,7 +429,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
         raise InputError(_first_problem(error)) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys of a TOML file; neither keys nor values are checked.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
     try:
         document = tomllib.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:

@@ -144,7 +144,8 @@ class Tiers:
         for name, shape in found.held.items():
             if name not in trained:
                 trained[name] = nn.Parameter(torch.empty(shape, device=device))
-        inner = self.tiers[:tier] if self.teaches else []
+        shapes = {one.shape: one for one in self.tiers[:tier] if self.teaches and one.shape != found.shape}
+        inner = shapes.values()  # tiers of one size are one student
         smaller = [Inner(one.model, {name: trained[shared] for name, shared in one.names.items()}) for one in inner]
         return Student.of(found.model, trained, tuple(smaller))
 

@@ -19,7 +19,7 @@ ONE = r"\s*(\d+)\s*/\s*(\d+)\s*/\s*(\d+)\s*@\s*([0-9.]+)\s*"
 
 @dataclass(frozen=True)
 class Size:
-    """A student smaller than the whole one.
+    """A student inside the whole one, or as large as that.
 
     Attributes:
         layers, heads, neurons: how many; of heads and neurons 0 means as many as the whole student has.
@@ -39,7 +39,7 @@ def read_sizes(text: str, whole: tuple[int, int, int]) -> tuple[Size, ...]:
         whole: the whole student's layers, heads and neurons; 0 means all.
 
     Raises:
-        ValueError: the text is another, a size is no beginning of the next, or nobody is left to hold the whole.
+        ValueError: the text is another, a size does not fit into the next, or nobody is left to hold the whole.
     """
     found: list[Size] = []
     for part in text.split(",") if text.strip() else ():
@@ -50,8 +50,8 @@ def read_sizes(text: str, whole: tuple[int, int, int]) -> tuple[Size, ...]:
     wholes = tuple(count or np.inf for count in whole)
     rows = [(size.layers, size.heads or wholes[1], size.neurons or wholes[2]) for size in found]
     for small, large in pairwise([*rows, wholes]):
-        if small == large or any(a > b for a, b in zip(small, large, strict=True)):
-            raise ValueError(f"{_said(small)} is no smaller student inside {_said(large)}; give the smallest first")
+        if any(a > b for a, b in zip(small, large, strict=True)):
+            raise ValueError(f"{_said(small)} does not fit into {_said(large)}; give the smallest first")
     shares = [size.share for size in found]
     if not all(0.0 < share < 1.0 for share in shares) or sum(shares) >= 1.0:
         raise ValueError(

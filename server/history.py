@@ -30,7 +30,7 @@ class History:
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
-        tier_student, tier_validation: the same of each tier, the smallest first.
+        tier_student, tier_teacher, tier_validation: the same of each tier, the smallest first.
     """
 
     rounds: int = 0
@@ -49,6 +49,7 @@ class History:
     validation: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     tier_student: list[dict[str, float]] = field(default_factory=list)
+    tier_teacher: list[dict[str, float]] = field(default_factory=list)
     tier_validation: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -124,14 +125,18 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
 
 
 def _tiers(federation: Federation, history: History) -> list[dict[str, Any]]:
-    """Each tier with its scores; none without tiers."""
+    """Each tier with its scores, and the teacher's on its clients' text; none without tiers."""
     rows = tier_rows(federation)
-    federated = history.tier_student or [{} for _ in rows]
-    validation = history.tier_validation or [{} for _ in rows]
-    return [
-        {**row, "federated": federated[n], "validation": validation[n], "sha256": hash_tensors(tier.model.state_dict())}
-        for n, (row, tier) in enumerate(zip(rows, federation.tiers.tiers, strict=False))
-    ]
+    if not rows:
+        return []
+    nothing: list[dict[str, float]] = [{} for _ in rows]
+    found = {
+        "federated": history.tier_student or nothing,
+        "teacher": history.tier_teacher or nothing,
+        "validation": history.tier_validation or nothing,
+        "sha256": [hash_tensors(tier.model.state_dict()) for tier in federation.tiers.tiers],
+    }
+    return [{**row, **{name: each[n] for name, each in found.items()}} for n, row in enumerate(rows)]
 
 
 def _shape(shape: Shape) -> dict[str, Any]:

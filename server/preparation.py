@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.dataset import FederatedDataset
 from common.device import Compute
+from common.distillation import DEEP
+from common.errors import InputError
 from common.models import choose_layers, pair_hidden_layers
 from common.nested import Tiers
 from common.progress import Progress
@@ -68,7 +70,10 @@ class Federation:
     @property
     def able(self) -> NDArray[np.int64]:
         """Ids of the clients that take part and hold the whole student."""
-        return np.asarray(self.data.eligible[self.tier_of[self.data.eligible] == len(self.tiers) - 1])
+        shape, sizes = narrowed(self.config, self.pupil.shape), self.config.student.sizes
+        fit = [shape.beginning(size.layers, size.heads, size.neurons) == shape for size in sizes]
+        whole = np.flatnonzero([*fit, True])
+        return np.asarray(self.data.eligible[np.isin(self.tier_of[self.data.eligible], whole)])
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """The trained arrays by name, float32, as they travel: the student's, and the smaller ones' exits."""
@@ -95,7 +100,19 @@ def prepare(config: Config, progress: Progress) -> Federation:
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     for pairs in (config.distill.hidden_layers, config.distill.relation_layers):
         pair_hidden_layers(pairs, len(layers), source.layers)
+    check_windows(config)
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
     lesson.model.to("cpu")
     return Federation(config, lesson, pupil)
+
+
+def check_windows(config: Config) -> None:
+    """Raise `InputError` where inner states of windows would be compared that hold other parts of a text."""
+    weights = [f"{part}-weight" for part in DEEP if getattr(config.distill, f"{part}_weight") > 0]
+    trimmed = [key for key in ("vocabulary", "target-ratio") if getattr(config.student, key.replace("-", "_"))]
+    if config.data.windows > 1 and weights and trimmed:
+        raise InputError(
+            f"data.windows = {config.data.windows}: with student.{trimmed[0]} the student may cut a text into other "
+            f"windows than the teacher, and distill.{weights[0]} compares them; set that to 0, or give 1"
+        )

@@ -34,7 +34,7 @@ from server.preparation import Federation
 from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
-from server.student import Width, choose_width, narrow_student, narrows, random_width
+from server.student import Width, choose_width, narrow_student, random_width
 from server.tiered import TieredSum
 from server.validation import validate
 
@@ -98,7 +98,7 @@ class FederatedDistillation(Strategy):
 
     def _narrow(self, grid: Any) -> None:
         """Before round 1: keep the heads and neurons that the clients say matter most, the same for all of them."""
-        if self.continued or not narrows(self.config):
+        if self.continued or not self.config.student.narrows:
             return
         pupil = self.federation.pupil
         if self.config.student.width_selection == "random":
@@ -329,6 +329,7 @@ class FederatedDistillation(Strategy):
         history.student = scores(spec, found.together("student"))
         history.teacher = scores(spec, found.together("teacher"))
         history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
+        history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
         history.spread = client_spread([line.score for line in found.lines])
         share = retention(history.student, history.teacher, self.data.task.headline)
         line = {"round": phase.round, "phase": "evaluate", "clients": len(found.lines)}

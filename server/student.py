@@ -19,9 +19,9 @@ from torch import Tensor
 from common.config import Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, learn, make_recipe, relation_heads
+from common.distillation import Examples, keep, learn, make_recipe, relation_heads
 from common.errors import InputError
-from common.families import head_count, neuron_count
+from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters
@@ -84,7 +84,7 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
         return cut_student(model, shape, pieces=pieces, dropout=keys.dropout, random=keys.layer_selection == "random")
 
     depends = {"pieces": pieces, "random": keys.layer_selection == "random"}
-    return _made(config, lesson, progress, Plan(shape, depends, cut, bool(pieces), not narrows(config)))
+    return _made(config, lesson, progress, Plan(shape, depends, cut, bool(pieces), not keys.narrows))
 
 
 def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, progress: Progress) -> Pupil:
@@ -119,17 +119,11 @@ def check_width(config: Config, shape: Shape, teacher: Any) -> None:
     for name, asked, most in (
         ("heads", keys.heads, head_count(teacher)),
         ("neurons", keys.neurons, neuron_count(teacher)),
-        ("embedding-rank", keys.embedding_rank, min(teacher.hidden_size, shape.pieces)),
+        ("embedding-rank", keys.embedding_rank, min(embedding_width(teacher), shape.pieces)),
     ):
         if asked > most:
             raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
     relation_heads(config.distill.relation_heads, narrowed(config, shape), teacher)
-
-
-def narrows(config: Config) -> bool:
-    """Whether heads and neurons are chosen before round 1: for the whole student, or for a smaller one inside it."""
-    keys = config.student
-    return any((keys.heads, keys.neurons, *(size.heads or size.neurons for size in keys.sizes)))
 
 
 def narrowed(config: Config, shape: Shape) -> Shape:
@@ -148,18 +142,25 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     """The teacher's numbers of the student's pieces; none: all of them."""
     data, model = lesson.data, lesson.model
     keys = config.student
-    keep = keys.vocabulary or (_fitting(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0)
+    keep = keys.vocabulary or (
+        fitting_pieces(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0
+    )
     if not keep:
         return []
-    tokens = data.train.tokens
-    rows = np.asarray(data.public)
-    spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
-    counts = np.bincount(np.concatenate([*spans, np.zeros(0, np.int32)]), minlength=model.config.vocab_size)
+    counts = np.bincount(data.train.tokens.pieces(np.asarray(data.public)), minlength=model.config.vocab_size)
     return choose_pieces(tokenizer, counts, keep)
 
 
-def _fitting(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
-    """How many pieces bring the student to its share of the teacher's parameters."""
+def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
+    """How many pieces bring the student to its share of the teacher's parameters; 0: all.
+
+    Args:
+        model: the teacher; its weights are not read, so it may be on the meta device.
+        fewest: pieces that must be kept.
+
+    Raises:
+        InputError: fewer than these would be left.
+    """
     keys, teacher = config.student, model.config
     base = narrowed(config, Shape.whole(teacher, layers))
     plan = type(teacher).from_dict({**teacher.to_dict(), "num_hidden_layers": len(layers)})
@@ -214,10 +215,16 @@ def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
     keys = config.student
     return {
         "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
-        "tiers": [keys.tiers, keys.tier_mode] if keys.tiers else None,
+        "tiers": keys.tiers if keys.tier_mode == "nested" and keys.tiers else None,  # otherwise the whole is alone
         "distill": config.distill.model_dump(),
-        "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
+        "client": [
+            config.client.token_budget,
+            config.client.micro_budget,
+            config.client.weight_decay,
+            config.client.clip_norm,
+        ],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
+        "windows": [data.max_length, data.windows, data.stride],
         "compute": lesson.compute.name,
     }
 
@@ -242,10 +249,11 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
     student = tiers.student(whole)
     weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
-        learn(
+        state = learn(
             student, weights, Examples(pupil.data.train, rows, soft, pupil.taught),
             recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
         )  # fmt: skip
+    keep(state)
     pupil.model.to("cpu").eval()
     inside = set(student.trained) - set(tiers[whole].names.values())
     return {name: student.trained[name].detach().cpu() for name in sorted(inside)}

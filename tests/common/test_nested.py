@@ -55,7 +55,7 @@ def logits_of(model):
 
 def batch(seed=0):
     rng = torch.Generator().manual_seed(seed)
-    return Batch(INPUTS, torch.randn(3, 2, generator=rng), torch.tensor([0, 1, 1]), {})
+    return Batch(INPUTS, torch.randn(3, 2, generator=rng), torch.tensor([0, 1, 1]), {}, 12)
 
 
 def recipe_of(config, tiers, teacher, tier):
@@ -68,7 +68,7 @@ def trained_once(config, tiers, teacher, tier, shared, **changes):
     student = tiers.student(tier)
     recipe = replace(recipe_of(config, tiers, teacher, tier), clip_norm=0.0, **changes)
     state = begin(student, tiers.part(tier, shared), recipe)
-    step(state, batch(), recipe=recipe, compute=FP32)
+    step(state, [batch()], recipe=recipe, compute=FP32)
     return state
 
 
