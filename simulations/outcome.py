@@ -33,15 +33,32 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def numbers(summary: Mapping[str, Any], ceiling: float | None = None) -> Numbers:
-    """The headline scores, sizes and costs of a completed run, from its summary."""
+    """The headline scores, sizes and costs of a completed run, from its summary; see `of_tier` for those of tiers."""
     metric, cost = summary["metric"], summary["cost"]
-    return {
+    found: dict[str, float | None] = {
         **{f"{where}.{who}": summary[who][where].get(metric) for where in PLACES for who in ("student", "teacher")},
         **{f"params.{who}": summary[who]["params"] for who in ("student", "teacher")},
         "bytes": cost["bytes_up"] + cost["bytes_down"],
         "seconds": cost["wall_s"],
         "ceiling": ceiling,
     }
+    for number, tier in enumerate(summary.get("tiers", ()), start=1):
+        own = {
+            "validation.student": tier["validation"].get(metric),
+            "validation.teacher": found["validation.teacher"],
+            "federated.student": tier["federated"].get(metric),
+            "federated.teacher": tier["teacher"].get(metric),
+            "params.student": tier["params"],
+            "params.teacher": found["params.teacher"],
+        }
+        found |= {f"tier-{number}.{name}": value for name, value in own.items()}
+    return found
+
+
+def of_tier(found: Numbers, number: int) -> Numbers:
+    """A tier's scores and sizes among a run's numbers, under the names that the whole run's have; the first is 1."""
+    before = f"tier-{number}."
+    return {name.removeprefix(before): value for name, value in found.items() if name.startswith(before)}
 
 
 def spread(values: Sequence[float | None]) -> Spread:

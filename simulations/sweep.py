@@ -17,7 +17,7 @@ from common.store import write_atomically
 from server.run_folder import check_resumed, finite
 from simulations.child import as_settings, run_child
 from simulations.display import console_on, progress_for
-from simulations.outcome import Numbers, Spread, averaged, numbers, read_json, shares, spreads
+from simulations.outcome import Numbers, Spread, averaged, numbers, of_tier, read_json, shares, spreads
 from simulations.sweep_file import Planned, Sweep
 from simulations.table import Row, Sheet, markdown, percent, points, show
 
@@ -175,13 +175,16 @@ def by_task(plan: Sweep, results: Results, arm: str) -> dict[str, dict[int, Numb
 def sweep_sheet(plan: Sweep, results: Results) -> Sheet:
     """A section for each arm: its average over the tasks, then each task. Fits 80 columns with short names."""
     wanted = len({run.seed for run in plan.runs})
+    one_task = len({run.task for run in plan.runs}) == 1  # an average of one says it all
     sections = []
     for arm in plan.arms:
         tasks = by_task(plan, results, arm)
         rows = [_row(f"  {task}", runs, wanted, plan.ceiling) for task, runs in tasks.items()]
-        sections.append([_row(arm, averaged(list(tasks.values())), wanted, plan.ceiling), *rows])
-    if len({run.task for run in plan.runs}) == 1:  # an average of one says it all
-        sections = [[row for row, *_ in sections]]
+        found = averaged(list(tasks.values()))
+        inside = _tier_rows(plan, arm, found, wanted)
+        sections.append([_row(arm, found, wanted, plan.ceiling), *([] if one_task else rows), *inside])
+    if one_task and all(len(rows) == 1 for rows in sections):
+        sections = [[row for rows in sections for row in rows]]
     head = ("", "validation", "kept", "clients", "kept", "size", *(["of ceiling"] if plan.ceiling else []))
     return Sheet(_title(plan), head, sections, _notes(plan, results))
 
@@ -200,6 +203,8 @@ def _notes(plan: Sweep, results: Results) -> list[str]:
         "clients: on their held-out text; ±: standard deviation over seeds; kept: of the",
         "teacher's score; size: of its parameters. An average needs every task of a seed.",
     ]
+    if any(run.config.student.sizes for run in plan.runs):
+        notes.append("2/4/256: a tier's layers, heads and neurons; clients: on the text of its own.")
     if plan.ceiling:
         notes.append("of ceiling: of the encoder fine-tuned centrally on all train text (validation).")
     return [*notes, *([f"Skipped, no text: {', '.join(plan.skipped)}."] if plan.skipped else [])]
@@ -216,6 +221,23 @@ def _row(name: str, runs: Mapping[int, Numbers], wanted: int, ceiling: bool) -> 
     ]
     last = [percent(kept["ceiling.kept"])] if ceiling else []
     return (name + few, *cells, percent(kept["params.ratio"]), *last)
+
+
+def _tier_rows(plan: Sweep, arm: str, runs: Mapping[int, Numbers], wanted: int) -> list[Row]:
+    """A row for each tier of an arm: its student, scored on public validation and on the text of its clients."""
+    keys = next(run.config.student for run in plan.runs if run.arm == arm)
+    if not keys.sizes or not runs:
+        return []
+    sizes = [(one.layers, one.heads or keys.heads, one.neurons or keys.neurons) for one in (*keys.sizes, keys)]
+    return [
+        _row(
+            f"  {'/'.join(str(count or 'all') for count in size)}",
+            {seed: of_tier(found, number) for seed, found in runs.items()},
+            wanted,
+            plan.ceiling,
+        )
+        for number, size in enumerate(sizes, start=1)
+    ]
 
 
 def with_spread(found: Spread | None) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.config import from_flat
-from common.distillation import Batch, begin, make_recipe, step
+from common.distillation import Batch, begin, make_recipe, set_gradients, step
 from common.families import FAMILIES
 from common.models import count_parameters, load_teacher
 from common.nested import Tiers
@@ -195,6 +195,56 @@ def test_the_loss_inside_is_that_of_the_formula(tiny_teacher):
     loss, soft, hard, *_, inside = (state.totals / state.seen).tolist()
     assert inside == pytest.approx(wanted, rel=1e-4)
     assert loss == pytest.approx(0.7 * soft + 0.3 * hard + 0.5 * inside, rel=1e-6)
+
+
+def test_a_batch_in_parts_has_the_same_gradient_inside(tiny_teacher):
+    """One example and two: each weighs as it does in the whole batch, in the loss inside too."""
+    config, teacher, tiers = tiers_of(tiny_teacher)
+    recipe, shared, student = recipe_of(config, tiers, teacher, 2), randomised(tiers), tiers.student(2)
+
+    def gradients(*parts):
+        whole = batch()
+        cut = [
+            replace(whole, inputs={n: t[part] for n, t in whole.inputs.items()}, soft=whole.soft[part],
+                    hard=whole.hard[part], positions=int(whole.inputs["attention_mask"][part].sum()))
+            for part in parts
+        ]  # fmt: skip
+        state = begin(student, tiers.part(2, shared), recipe)
+        told = set_gradients(state, cut, recipe=recipe, compute=FP32)
+        return {name: weight.grad.clone() for name, weight in state.trained.items()}, sum(told)
+
+    whole, losses = gradients([0, 1, 2])
+    assert float(losses[6]) > 0
+    for parts in ([[0], [1, 2]], [[0], [1], [2]]):
+        found, told = gradients(*parts)
+        torch.testing.assert_close(told, losses, rtol=1e-5, atol=1e-7)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_windows_of_a_text_are_taken_together_inside(tiny_teacher):
+    """Two texts, the first of two windows: its logits inside are the windows' mean, as the whole student's are."""
+    config, teacher, tiers = tiers_of(tiny_teacher)
+    shared, recipe = randomised(tiers), recipe_of(config, tiers, teacher, 2)
+    pooling = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    whole, *inner = [pooling @ logits_of(tiers.load(tier, shared)) for tier in (2, 0, 1)]
+    state = begin(tiers.student(2), tiers.part(2, shared), recipe)
+    two = replace(batch(), soft=batch().soft[:2], hard=batch().hard[:2], pooling=pooling)
+    [told] = set_gradients(state, [two], recipe=recipe, compute=FP32)
+    p = torch.softmax(whole / 2.0, -1)
+    wanted = sum(float((p * (p.log() - torch.log_softmax(one / 2.0, -1))).sum() * 4.0) for one in inner)
+    assert float(told[6]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_tiers_of_one_size_are_one_student(tiny_teacher):
+    _, _, tiers = tiers_of(tiny_teacher, "1/1/8@0.2,1/1/8@0.2,3/0/0@0.2")
+    assert tiers[0].held == tiers[1].held
+    assert tiers[2].held == tiers[3].held == tiers.shapes
+    assert [len(tiers.student(tier).smaller) for tier in range(4)] == [0, 0, 1, 1]  # nobody teaches its like
+    _, _, same = tiers_of(tiny_teacher, "3/2/32@0.5")
+    _, _, none = tiers_of(tiny_teacher, "")
+    assert same.shapes == none.shapes
+    assert not same.student(1).smaller
 
 
 def test_the_whole_student_does_not_learn_from_those_inside_it(tiny_teacher):

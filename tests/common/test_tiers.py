@@ -54,6 +54,20 @@ def test_tiers_refuse_what_needs_equal_updates(keys, named):
     from_flat({"student.layers": 3, **keys})  # without tiers they are fine
 
 
+@pytest.mark.parametrize("mode", ["sliced", "exclusive"])
+def test_a_mode_without_tiers_is_refused(mode):
+    with pytest.raises(InputError, match=rf"student\.tier-mode = '{mode}'.*student\.tiers is empty"):
+        from_flat({"student.tier-mode": mode})
+
+
+def test_heads_of_a_tier_are_chosen_by_importance_which_needs_a_loss_on_outputs():
+    keys = {"student.layers": 3, "student.tiers": "1/1/0@0.5", "distill.hidden-weight": 1.0}
+    assert from_flat(keys).student.narrows
+    assert not from_flat({**keys, "student.tiers": "1/0/0@0.5"}).student.narrows
+    with pytest.raises(InputError, match="width-selection = 'importance'"):
+        from_flat({**keys, "distill.soft-weight": 0.0, "distill.hard-weight": 0.0})
+
+
 def test_shares_are_met_and_everyone_has_a_tier():
     sizes = (Size(1, 0, 0, 0.5), Size(2, 0, 0, 0.3))
     found = assign_tiers(7, 20, sizes)

@@ -45,6 +45,29 @@ def test_three_tiers_have_the_same_bits_for_any_workers_and_after_a_stop(fedisti
     assert [row["federated"] for row in again["tiers"]] == [row["federated"] for row in rows]
 
 
+def test_tiers_that_hold_the_whole_change_no_bit(fedistill, tiny, tmp_path):
+    keys = ("-s", "student.layers=2", "-s", "student.heads=1", "-s", "data.limit=300", "-s", "rounds=1")
+    for name, tiers in (("plain", ""), ("tiers", "2/1/0@0.5")):
+        done = fedistill("simulate", *tiny, *keys, "-s", f"student.tiers={tiers}", "--out", name)
+        assert done.returncode == 0, done.stderr
+    plain, mixed = (read_summary(tmp_path / name) for name in ("plain", "tiers"))
+    assert (len(plain["tiers"]), len(mixed["tiers"])) == (0, 2)
+    assert mixed["student_sha256"] == plain["student_sha256"]
+    assert mixed["student"]["federated"] == plain["student"]["federated"]
+    assert {row["sha256"] for row in mixed["tiers"]} == {plain["student_sha256"]}
+    assert sum(row["federated"]["n"] for row in mixed["tiers"]) == plain["student"]["federated"]["n"]
+
+
+def test_only_who_holds_the_whole_trains_it(fedistill, tiny, tmp_path):
+    keys = ("-s", "student.tier-mode=exclusive", "-s", "rounds=1", "-s", "runtime.workers=1")
+    done = fedistill("simulate", *tiny, *TIERS, *keys, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    rows = read_summary(tmp_path / "run")["tiers"]
+    trained = [line for line in read_lines(tmp_path / "run") if line["phase"] == "train"]
+    assert [line["clients"] for line in trained] == [rows[-1]["clients"]]
+    assert sum(row["clients"] for row in rows) > rows[-1]["clients"] > 0
+
+
 def check_scores(run, rows):
     """Each tier's federated accuracy is that of its plain student on its own clients' held-out rows."""
     config = load_config(run / "config.toml")

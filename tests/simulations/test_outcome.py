@@ -2,7 +2,7 @@
 
 import pytest
 
-from simulations.outcome import Spread, averaged, numbers, shares, spread, spreads
+from simulations.outcome import Spread, averaged, numbers, of_tier, shares, spread, spreads
 
 
 def test_the_deviation_is_that_of_a_sample():
@@ -76,3 +76,17 @@ def test_numbers_are_the_headline_metrics():
     assert found["validation.student"] is None  # not measured
     assert (found["params.student"], found["params.teacher"], found["bytes"], found["seconds"]) == (4, 8, 7, 5.0)
     assert found["ceiling"] == 0.9
+
+
+def test_a_tier_is_beside_the_teacher_on_the_same_text():
+    who = {"params": 8, "federated": {"f1": 0.6}, "validation": {"f1": 0.7}}
+    cost = {"bytes_up": 3, "bytes_down": 4, "wall_s": 5.0}
+    tier = {"params": 2, "federated": {"f1": 0.3}, "teacher": {"f1": 0.5}, "validation": {"f1": 0.4}}
+    whole = {"params": 4, "federated": {}, "teacher": {}, "validation": {"f1": 0.6}}  # none of its clients scored
+    found = numbers({"metric": "f1", "student": who, "teacher": who, "cost": cost, "tiers": [tier, whole]})
+    assert of_tier(found, 1) == {
+        "validation.student": 0.4, "validation.teacher": 0.7, "federated.student": 0.3, "federated.teacher": 0.5,
+        "params.student": 2, "params.teacher": 8,
+    }  # fmt: skip
+    assert (of_tier(found, 2)["validation.student"], of_tier(found, 2)["federated.student"]) == (0.6, None)
+    assert of_tier(found, 3) == {}

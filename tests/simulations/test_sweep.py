@@ -1,6 +1,7 @@
 """The table of a sweep, and what is refused before anything starts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -72,6 +73,27 @@ def test_with_one_task_an_arm_is_one_row(tmp_path):
     plan = read_sweep(tmp_path / "a.toml")
     [rows] = sweep_sheet(plan, dict.fromkeys(plan.runs, done(0.5, 1.0, None, 0.4))).sections
     assert [row[:3] for row in rows] == [("a", "50.0", "50.0%"), ("b", "50.0", "50.0%")]
+
+
+def test_tiers_stand_below_their_arm(tmp_path, capsys):
+    """One of four examples' worth apart: seeds 0.5 and 0.7 of a teacher's 0.8 on the small one's own text."""
+    keys = '[arms.plain]\n[arms.mixed]\nstudent.layers = 3\nstudent.tiers = "1/4/256@0.5"\n'
+    (tmp_path / "a.toml").write_text("seeds = [0, 1]\n" + keys)
+    plan = read_sweep(tmp_path / "a.toml")
+    results = dict.fromkeys(plan.runs, done(0.5, 1.0, None, 0.4))
+    for run in plan.runs[1::2]:
+        tiers = {f"tier-1.{name}": value for name, value in results[run].found.items()}
+        tiers["tier-1.federated.student"] = 0.5 + 0.2 * run.seed
+        tiers |= {f"tier-2.{name}": value for name, value in results[run].found.items()}
+        results[run] = replace(results[run], found={**results[run].found, **tiers})
+    sheet = sweep_sheet(plan, results)
+    plain, mixed = sheet.sections
+    assert [row[0] for row in plain] == ["plain"]
+    assert [row[0] for row in mixed] == ["mixed", "  1/4/256", "  3/all/all"]
+    assert mixed[1] == ("  1/4/256", "50.0 ±0.0", "50.0%", "60.0 ±14.1", "75.0%", "25.0%")
+    assert mixed[2][1:] == mixed[0][1:]
+    show(Console(width=100), sheet)
+    assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 80
 
 
 def test_the_json_holds_every_run_and_the_same_numbers(plan, results, tmp_path):
