@@ -4,6 +4,7 @@ In a simulation a worker gets a list of clients; on the edge the list is the dev
 leaves behind in the process (models, mapped data, cached outputs) saves time and never changes a result.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +20,17 @@ from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with
 from clients.evaluation import held_out_statistics
 from clients.teacher_cache import TeacherCache
 from common.compression import Wire, compress, wire_for
-from common.config import Config
+from common.config import AUTO_BUDGET, Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.distillation import Examples, Student, make_recipe
+from common.distillation import Examples, Recipe, Room, Student, make_recipe
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
 from common.inference import predict
 from common.metrics import statistics_length
 from common.models import freeze_embeddings, load_teacher
+from common.probe import SHARE, find_room
 from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
@@ -85,6 +87,7 @@ class Worker:
             raise ValueError("the student's weights are not those of this run")
         model = self.pupil.model.to(self.compute.device)
         self.student = Student.of(model, freeze_embeddings(model, config.student.train_embeddings))
+        self._room: Room | None = None  # found with the first client
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher)),
@@ -247,18 +250,32 @@ class Worker:
         return parts
 
     def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
+        recipe = make_recipe(
+            self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
+        )
+        examples = self._examples(client)
         return distil(
             self.student,
             weights,
-            self._examples(client),
-            recipe=make_recipe(
-                self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
-            ),
+            examples,
+            recipe=recipe,
             compute=self.compute,
             seed=self.config.seed,
             who=(round_number, client),
             teacher=self.teacher,
+            room=self._find_room(weights, examples, recipe),
         )
+
+    def _find_room(self, weights: dict[str, Any], examples: Examples, recipe: Recipe) -> Room | None:
+        """What this device has room for, where the keys leave it open; found once."""
+        keys = self.config.runtime
+        if self.config.client.micro_budget == AUTO_BUDGET and self._room is None:
+            workers = keys.workers or max((os.cpu_count() or 1) // keys.threads, 1)  # they share the device
+            self._room = find_room(
+                self.student, weights, examples, recipe=recipe, compute=self.compute, teacher=self.teacher,
+                share=SHARE / workers,
+            )  # fmt: skip
+        return self._room
 
     def _examples(self, client: int) -> Examples:
         rows = self.data.shard(client).train

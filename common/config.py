@@ -25,6 +25,7 @@ Strategy = Literal[
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
+AUTO_BUDGET = -1  # a `client.micro-budget` that is found on the device
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
 
 
@@ -151,9 +152,10 @@ class ClientKeys(_Section):
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
     micro_budget: int = Field(
         0,
-        ge=0,
+        ge=AUTO_BUDGET,
         description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
-        "up; 0: as `token-budget`",
+        "up; 0: as `token-budget`; -1: found on each device by its memory and speed, and halved when memory runs out: "
+        "such a run can be reproduced only on devices of the same kind that are as free",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.config import Config
+from common.config import AUTO_BUDGET, Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
 from common.distillation import Examples, Student, keep, learn, make_recipe, relation_heads
@@ -23,6 +23,7 @@ from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters, freeze_embeddings
+from common.probe import find_room
 from common.progress import Progress
 from common.pupil import Pupil, open_pupil, save_pupil
 from common.seeding import generator, seed_for
@@ -229,10 +230,13 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
         recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
     trained = freeze_embeddings(student, keys.train_embeddings)
     weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    resident, examples, room = Student.of(student, trained), Examples(pupil.data.train, rows, soft, pupil.taught), None
+    if config.client.micro_budget == AUTO_BUDGET:
+        room = find_room(resident, weights, examples, recipe=recipe, compute=compute, teacher=model)
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
         state = learn(
-            Student.of(student, trained), weights, Examples(pupil.data.train, rows, soft, pupil.taught),
-            recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
+            resident, weights, examples, recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model,
+            room=room, advance=bar.advance,
         )  # fmt: skip
     keep(state)
     student.to("cpu").eval()
