@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from common.importance import MOST, importance
 from common.inference import predict
 from common.metrics import statistics_length
 from common.models import freeze_embeddings, load_teacher
+from common.noise import SQUARES_SHAPE, squares_of
 from common.probe import SHARE, find_room
 from common.pupil import open_pupil
 from common.seeding import generator
@@ -152,7 +154,8 @@ class Worker:
             Groups of arrays to send: the sum of the updates, or each client's own where that is asked for.
         """
         weights = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
-        total = ExactSum(self.shapes)
+        growing = self.config.client.grow_batch
+        total = ExactSum(self.shapes | (SQUARES_SHAPE if growing else {}))
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -160,9 +163,9 @@ class Worker:
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began = time.perf_counter()
             try:
-                update = self._train_one(weights, instruction.round, client)
+                update = self._train_one(weights, instruction, client)
                 if packed:
-                    total.add(update.arrays, update.examples)
+                    total.add(update.arrays | (squares_of(update.arrays) if growing else {}), update.examples)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -249,10 +252,12 @@ class Worker:
         memory.save(client, number, base, residual)
         return parts
 
-    def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
+    def _train_one(self, weights: dict[str, Any], instruction: Instruction, client: int) -> ClientUpdate:
         recipe = make_recipe(
-            self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
+            self.config, instruction.round, self.pupil.shape, self.teacher.config, self.data.task.regression
         )
+        if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
+            recipe = replace(recipe, token_budget=instruction.token_budget)
         examples = self._examples(client)
         return distil(
             self.student,
@@ -261,7 +266,7 @@ class Worker:
             recipe=recipe,
             compute=self.compute,
             seed=self.config.seed,
-            who=(round_number, client),
+            who=(instruction.round, client),
             teacher=self.teacher,
             room=self._find_room(weights, examples, recipe),
         )

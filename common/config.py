@@ -157,6 +157,12 @@ class ClientKeys(_Section):
         "up; 0: as `token-budget`; -1: found on each device by its memory and speed, and halved when memory runs out: "
         "such a run can be reproduced only on devices of the same kind that are as free",
     )
+    grow_batch: bool = Field(
+        False,
+        description="grow the batch from round to round with the gradient noise scale, from `token-budget` up to "
+        "`max-token-budget`, instead of decaying the learning rate",
+    )
+    max_token_budget: int = Field(8192, ge=64, description="the most padded word pieces per batch that it grows to")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
@@ -288,6 +294,7 @@ class Config(_Section):
                 "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
                 "student.width-selection = 'random'"
             )
+        self._check_growth()
         if self.data.multi_label and self.task != "text":
             raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
         if self.data.stride and self.data.windows == 1:
@@ -311,6 +318,26 @@ class Config(_Section):
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
+
+    def _check_growth(self) -> None:
+        keys = self.client
+        if not keys.grow_batch:
+            return
+        if keys.lr_decay != "constant":
+            raise ValueError(
+                f"client.grow-batch = true: the batch grows instead of the learning rate decaying, but "
+                f"client.lr-decay = {keys.lr_decay!r}; give constant"
+            )
+        if keys.max_token_budget < keys.token_budget:
+            raise ValueError(
+                f"client.max-token-budget = {keys.max_token_budget}: client.grow-batch = true starts from "
+                f"client.token-budget = {keys.token_budget}; give at least that"
+            )
+        if self.server.strategy in ROBUST:
+            raise ValueError(
+                f"client.grow-batch = true: the noise scale compares clients with their mean, which server.strategy = "
+                f"{self.server.strategy!r} does not take; give false"
+            )
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""
