@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 from common.config import Config
 from common.cost import BATCH, LENGTH, MEGA, Size, forward_flops, operations_per_piece, size_of, training_flops
 from common.device import Compute, choose_compute
-from common.distillation import Batch, Student, begin, make_recipe, step
+from common.distillation import Batch, Student, begin, make_recipe, set_gradients, step
 from common.models import freeze_embeddings
 from common.progress import Progress
 from common.slim import Shape, build
@@ -151,7 +151,7 @@ def _trainer(model: Any, config: Config, compute: Compute) -> Callable[[], None]
     batch = Batch(
         _inputs(BATCH, compute), torch.zeros(BATCH, 2).to(compute.device), _labels(compute), {}, BATCH * LENGTH
     )
-    return lambda: step(state, [batch], recipe=recipe, compute=compute)
+    return lambda: step(state, set_gradients(state, [batch], recipe=recipe, compute=compute), BATCH, recipe)
 
 
 def _reader(model: Any, compute: Compute) -> Callable[[], None]:

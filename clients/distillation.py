@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.device import Compute
-from common.distillation import PARTS, Examples, Learning, Recipe, Student, learn
+from common.distillation import PARTS, Examples, Learning, Recipe, Room, Student, learn
 from common.fixed_point import Rows
 
 
@@ -39,9 +39,12 @@ def distil(
     seed: int,
     who: tuple[int, int],
     teacher: Any = None,
+    room: Room | None = None,
 ) -> ClientUpdate:
     """Train one client from the round's weights and return its update; arguments as of `common.distillation.learn`."""
-    state = learn(student, weights, examples, recipe=recipe, compute=compute, seed=seed, who=who, teacher=teacher)
+    state = learn(
+        student, weights, examples, recipe=recipe, compute=compute, seed=seed, who=who, teacher=teacher, room=room
+    )
     return client_final(state, len(examples.rows))
 
 

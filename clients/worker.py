@@ -4,9 +4,11 @@ In a simulation a worker gets a list of clients; on the edge the list is the dev
 leaves behind in the process (models, mapped data, cached outputs) saves time and never changes a result.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with
 from clients.evaluation import held_out_statistics
 from clients.teacher_cache import TeacherCache
 from common.compression import Wire, compress, wire_for
-from common.config import Config
+from common.config import AUTO_BUDGET, Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.distillation import Examples, make_recipe
+from common.distillation import Examples, Recipe, Room, make_recipe
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
@@ -30,6 +32,8 @@ from common.inference import predict
 from common.metrics import statistics_length
 from common.models import load_teacher
 from common.nested import Tiers
+from common.noise import SQUARES_SHAPE, squares_of
+from common.probe import SHARE, find_room
 from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
@@ -87,6 +91,7 @@ class Worker:
         self.tiers = Tiers(config, self.pupil.model.to(self.compute.device), self.pupil.shape)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
         self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
+        self._rooms: dict[int, Room] = {}  # by tier, found with the first client
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher)),
@@ -158,7 +163,9 @@ class Worker:
         tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
         weights = {tier: self.tiers.part(tier, tensors) for tier in tiers}
-        totals = {tier: ExactSum(self.tiers[tier].held) for tier in tiers}
+        growing = self.config.client.grow_batch
+        extra = SQUARES_SHAPE if growing else {}
+        totals = {tier: ExactSum(self.tiers[tier].held | extra) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -166,9 +173,10 @@ class Worker:
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
-                update = self._train_one(weights[tier], instruction.round, client)
+                update = self._train_one(weights[tier], instruction, client)
                 if packed:
-                    totals[tier].add(update.arrays, update.examples)
+                    squares = squares_of(update.arrays) if growing else {}
+                    totals[tier].add(update.arrays | squares, update.examples)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -263,19 +271,35 @@ class Worker:
         memory.save(client, number, base, residual)
         return parts
 
-    def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
+    def _train_one(self, weights: dict[str, Any], instruction: Instruction, client: int) -> ClientUpdate:
         tier, teacher = int(self.tier_of[client]), self.teacher.config
-        recipe = make_recipe(self.config, round_number, self.pupil.shape, teacher, self.data.task.regression)
+        recipe = make_recipe(self.config, instruction.round, self.pupil.shape, teacher, self.data.task.regression)
+        if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
+            recipe = replace(recipe, token_budget=instruction.token_budget)
+        recipe = self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher)
+        examples = self._examples(client)
         return distil(
             self.students[tier],
             weights,
-            self._examples(client),
-            recipe=self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher),
+            examples,
+            recipe=recipe,
             compute=self.compute,
             seed=self.config.seed,
-            who=(round_number, client),
+            who=(instruction.round, client),
             teacher=self.teacher,
+            room=self._room(tier, weights, examples, recipe),
         )
+
+    def _room(self, tier: int, weights: dict[str, Any], examples: Examples, recipe: Recipe) -> Room | None:
+        """What this device has room for, where the keys leave it open; found once."""
+        keys = self.config.runtime
+        if self.config.client.micro_budget == AUTO_BUDGET and tier not in self._rooms:
+            workers = keys.workers or max((os.cpu_count() or 1) // keys.threads, 1)  # they share the device
+            self._rooms[tier] = find_room(
+                self.students[tier], weights, examples, recipe=recipe, compute=self.compute, teacher=self.teacher,
+                share=SHARE / workers,
+            )  # fmt: skip
+        return self._rooms.get(tier)
 
     def _examples(self, client: int) -> Examples:
         rows = self.data.shard(client).train

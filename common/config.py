@@ -26,6 +26,7 @@ Strategy = Literal[
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
+AUTO_BUDGET = -1  # a `client.micro-budget` that is found on the device
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
 
 
@@ -180,10 +181,17 @@ class ClientKeys(_Section):
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
     micro_budget: int = Field(
         0,
-        ge=0,
+        ge=AUTO_BUDGET,
         description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
-        "up; 0: as `token-budget`",
+        "up; 0: as `token-budget`; -1: found on each device by its memory and speed, and halved when memory runs out: "
+        "such a run can be reproduced only on devices of the same kind that are as free",
     )
+    grow_batch: bool = Field(
+        False,
+        description="grow the batch from round to round with the gradient noise scale, from `token-budget` up to "
+        "`max-token-budget`, instead of decaying the learning rate",
+    )
+    max_token_budget: int = Field(8192, ge=64, description="the most padded word pieces per batch that it grows to")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
@@ -315,6 +323,7 @@ class Config(_Section):
                 "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
                 "student.width-selection = 'random'"
             )
+        self._check_growth()
         if self.data.multi_label and self.task != "text":
             raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
         if self.data.stride and self.data.windows == 1:
@@ -349,11 +358,32 @@ class Config(_Section):
             return
         against = _needs_own_updates(self.server.model_dump(by_alias=True))
         against += ["server.packing = 'off'"] if self.server.packing == "off" else []
+        against += ["client.grow-batch = true"] if self.client.grow_batch else []
         against += ["student.train-embeddings = true"] if self.student.train_embeddings else []
         if against:
             raise ValueError(
                 f"student.tiers = {self.student.tiers!r}: clients of each tier are added up by themselves, "
                 f"{against[0]} does not fit that; give one of them"
+            )
+
+    def _check_growth(self) -> None:
+        keys = self.client
+        if not keys.grow_batch:
+            return
+        if keys.lr_decay != "constant":
+            raise ValueError(
+                f"client.grow-batch = true: the batch grows instead of the learning rate decaying, but "
+                f"client.lr-decay = {keys.lr_decay!r}; give constant"
+            )
+        if keys.max_token_budget < keys.token_budget:
+            raise ValueError(
+                f"client.max-token-budget = {keys.max_token_budget}: client.grow-batch = true starts from "
+                f"client.token-budget = {keys.token_budget}; give at least that"
+            )
+        if self.server.strategy in ROBUST:
+            raise ValueError(
+                f"client.grow-batch = true: the noise scale compares clients with their mean, which server.strategy = "
+                f"{self.server.strategy!r} does not take; give false"
             )
 
     def flat(self) -> dict[str, Scalar]:

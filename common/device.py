@@ -1,8 +1,10 @@
 """Where and how precisely a process computes."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from common.errors import InputError
@@ -41,3 +43,24 @@ def choose_compute(device: str, precision: str) -> Compute:
     else:
         bf16 = precision == "bf16"
     return Compute(torch.device("cuda" if cuda else "cpu"), bf16)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still take on a device; in a container, on the CPU, within its limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return max(free, 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch has no class of its own for that on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -26,7 +26,7 @@ from common import losses
 from common.batches import cut, token_budget_batches
 from common.config import Config
 from common.dataset import Split
-from common.device import Compute
+from common.device import Compute, is_out_of_memory
 from common.errors import InputError
 from common.families import family_of, head_count, layers_of
 from common.models import pair_hidden_layers, set_training
@@ -125,6 +125,17 @@ class Recipe:
         return self.weights["hard"] > 0 or self.adaptive
 
 
+@dataclass
+class Room:
+    """What a device has room for.
+
+    Attributes:
+        pieces: padded word pieces that pass at once; halved when memory runs out.
+    """
+
+    pieces: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Examples on their device: a batch, or a part of one.
@@ -188,7 +199,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         weight_decay=keys.weight_decay,
         clip_norm=keys.clip_norm,
         token_budget=keys.token_budget,
-        micro_budget=keys.micro_budget or keys.token_budget,
+        micro_budget=keys.micro_budget if keys.micro_budget > 0 else keys.token_budget,
         temperature=distill.temperature,
         weights=weights,
         adaptive=distill.weighting == "adaptive",
@@ -250,16 +261,48 @@ def begin(
     return Learning(student, trained, start, pieces, totals)
 
 
-def step(state: Learning, parts: Sequence[Batch], *, recipe: Recipe, compute: Compute, teacher: Any = None) -> None:
-    """One optimiser step on one batch, in its parts; ``teacher`` is needed only for losses on inner states."""
-    for found in set_gradients(state, parts, recipe=recipe, compute=compute, teacher=teacher):
+def step(state: Learning, told: Sequence[Tensor], count: int, recipe: Recipe) -> None:
+    """One optimiser step along the gradients of a batch of ``count`` examples; ``told`` is of `set_gradients`."""
+    for found in told:
         state.totals += found
-    state.seen += sum(len(part.soft) for part in parts)
+    state.seen += count
     if recipe.proximal > 0:
         pull_back(state, recipe.proximal)
     if recipe.clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
     state.student.optimizer.step()
+
+
+def set_gradients_in(
+    room: Room | None,
+    state: Learning,
+    examples: Examples,
+    places: NDArray[np.int64],
+    *,
+    recipe: Recipe,
+    compute: Compute,
+    teacher: Any = None,
+) -> list[Tensor]:
+    """`set_gradients` for the examples at some places, the shortest first; in smaller parts when memory runs out.
+
+    Args:
+        room: see `learn`.
+    """
+    lengths = examples.data.tokens.lengths(examples.rows)
+    while True:
+        budget = recipe.micro_budget if room is None else room.pieces
+        cuts = cut(places, lengths, budget) if budget else [places]
+        parts = [batch_of(examples, part, recipe, compute) for part in cuts]
+        try:
+            return set_gradients(state, parts, recipe=recipe, compute=compute, teacher=teacher)
+        except (RuntimeError, MemoryError) as error:
+            if room is None or len(parts) == len(places) or not is_out_of_memory(error):
+                raise
+        # out here the error is gone, and with it what it held
+        state.student.optimizer.zero_grad(set_to_none=True)
+        room.pieces = max(part.inputs["input_ids"].numel() for part in parts) // 2
+        if compute.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def set_gradients(
@@ -346,6 +389,7 @@ def learn(
     seed: int,
     who: tuple[int, int],
     teacher: Any = None,
+    room: Room | None = None,
     advance: Any = lambda amount: None,
 ) -> Learning:
     """Train from these weights, all epochs.
@@ -353,6 +397,7 @@ def learn(
     Args:
         who: (round, client); with the seed they determine every random choice.
         teacher: the model, for losses on inner states.
+        room: takes the place of the recipe's ``micro_budget``, and shrinks when memory runs out.
         advance: told how many more examples are done.
     """
     torch.manual_seed(seed_for(seed, "dropout", *who))
@@ -369,9 +414,8 @@ def learn(
             if recipe.last_lr:
                 passed = number / max(len(batches) - 1, 1)
                 student.optimizer.param_groups[0]["lr"] = recipe.lr + (recipe.last_lr - recipe.lr) * passed
-            parts = cut(places, lengths, recipe.micro_budget) if recipe.micro_budget else [places]
-            passing = [batch_of(examples, part, recipe, compute) for part in parts]
-            step(state, passing, recipe=recipe, compute=compute, teacher=teacher)
+            told = set_gradients_in(room, state, examples, places, recipe=recipe, compute=compute, teacher=teacher)
+            step(state, told, len(places), recipe)
             advance(len(places))
     finally:
         restore(student)

@@ -42,6 +42,7 @@ class Instruction:
         teacher: folder of the teacher, and the hash of its weights.
         dataset: key of the prepared dataset.
         student: key of the prepared student, and the hash of its weights as it was prepared.
+        token_budget: padded word pieces per step of training; 0: as the keys say.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
         host: the machine on which the scoreboard lies; no other looks for it.
@@ -57,6 +58,7 @@ class Instruction:
     dataset: str
     student: str
     student_hash: str
+    token_budget: int = 0
     scoreboard: str = ""
     host: str = ""
 
@@ -95,7 +97,10 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
-    content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(asdict(instruction))})})
+    told = asdict(instruction)
+    if not instruction.token_budget:
+        del told["token_budget"]
+    content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
     if student is not None:
         content["student"] = student
     return content
@@ -108,6 +113,8 @@ def unpack_instruction(content: RecordDict) -> Instruction:
     instruction = Instruction(**{**raw, **rows})
     if len(instruction.clients) != len(instruction.feedback):
         raise WireError("instruction: not one round of feedback for each client")
+    if type(instruction.token_budget) is not int or instruction.token_budget < 0:
+        raise WireError("instruction: the token budget is not a whole number from 0 up")
     if not re.fullmatch("[0-9a-f]{16}", instruction.run):  # it names a folder
         raise WireError("instruction: the run's id is not 16 hexadecimal digits")
     return instruction

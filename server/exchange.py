@@ -104,6 +104,7 @@ class Exchange:
         self.run, self.folder, self.progress, self.stopped, self.on_hang = run, folder, progress, stopped, on_hang
         self.sizes = {int(client): int(self.data.train_sizes[client]) for client in self.data.eligible}
         self.feedback: dict[int, int] = {}  # client -> round of its last accepted lossy update
+        self.token_budget = 0  # of training; 0: as the keys say
         self.speeds: dict[int, float] = {}
         self.misses: dict[int, int] = {}
         self.suspects: set[tuple[str, int]] = set()  # kind of message and client: lost when it was last tried
@@ -340,6 +341,7 @@ class Exchange:
             dataset=self.data.key,
             student=self.federation.pupil.key,
             student_hash=self.federation.pupil.hash,
+            token_budget=self.token_budget,
             scoreboard=str(self._scoreboard),
             host=socket.gethostname(),
         )

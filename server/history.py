@@ -130,7 +130,7 @@ def _tiers(federation: Federation, history: History) -> list[dict[str, Any]]:
     if not rows:
         return []
     nothing: list[dict[str, float]] = [{} for _ in rows]
-    found = {
+    found: dict[str, list[Any]] = {
         "federated": history.tier_student or nothing,
         "teacher": history.tier_teacher or nothing,
         "validation": history.tier_validation or nothing,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from common.compression import Wire, decompress
 from common.config import ROBUST, ServerKeys
 from common.fixed_point import ExactSum, mean
+from common.noise import SQUARES_SHAPE, squares_of
 from common.wire import ClientLine, Shapes, only_updates_of, unpack_lines, unpack_own_update, unpack_update
 from server.aggregation import RunningSum, check_count
 from server.robust import ROBUST_RULES, bound_norm
@@ -42,11 +43,20 @@ class Intake(Protocol):
         """The update that stands for the round. Raises ValueError when too few clients are in."""
 
 
-def intake_for(keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> Intake:
-    """The way that the keys ask for; ``sizes`` are the examples each client is known to have."""
+def intake_for(
+    keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int], *, squares: bool = False
+) -> Intake:
+    """The way that the keys ask for.
+
+    Args:
+        sizes: the examples each client is known to have.
+        squares: the update has the mean squared norm of the clients' updates as one more array, `SQUARES`.
+    """
     if keys.strategy in ROBUST:
         return Collected(keys, wire, shapes, sizes)
-    return Summed(shapes, sizes) if keys.packing == "on" else Streamed(keys, wire, shapes, sizes)
+    if keys.packing == "on":
+        return Summed({**shapes, **(SQUARES_SHAPE if squares else {})}, sizes)
+    return Streamed(keys, wire, shapes, sizes, squares=squares)
 
 
 class Summed:
@@ -104,9 +114,12 @@ class _OwnUpdates:
 class Streamed(_OwnUpdates):
     """Own updates, each added to the exact sum and forgotten."""
 
-    def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+    def __init__(
+        self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int], *, squares: bool = False
+    ) -> None:
         super().__init__(keys, wire, shapes, sizes)
-        self.sum = ExactSum(shapes)
+        self.squares = squares
+        self.sum = ExactSum({**shapes, **(SQUARES_SHAPE if squares else {})})
         self.added: list[ClientLine] = []
 
     @property
@@ -118,7 +131,7 @@ class Streamed(_OwnUpdates):
         return sum(line.examples for line in self.added)
 
     def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
-        self.sum.add(update, line.examples)
+        self.sum.add({**update, **(squares_of(update) if self.squares else {})}, line.examples)
         self.added.append(line)
 
     def update(self) -> dict[str, NDArray[np.float64]]:

@@ -22,11 +22,13 @@ from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
 from common.metrics import scores
+from common.noise import SQUARES
 from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.assignment import pick_cohort
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.exchange import NAMES, Exchange, StreamingGrid
+from server.growth import Growth
 from server.history import History, client_spread, retention
 from server.intake import Intake, Summed, intake_for
 from server.phase import Phase
@@ -68,6 +70,8 @@ class FederatedDistillation(Strategy):
         self.cohort: tuple[int, ...] = ()
         self.taught: set[int] = set()
         self.width: Width | None = None  # heads and neurons that were kept; None: all
+        keys = self.config.client
+        self.growth = Growth(keys.token_budget, keys.max_token_budget) if keys.grow_batch else None
         self.grid: Any = None
         self.exchange = Exchange(
             federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang
@@ -152,11 +156,12 @@ class FederatedDistillation(Strategy):
             self._count(phase)
         if phase.surplus:
             self.cohort = tuple(sorted(phase.accepted))
+        grown = self._grow(update, intake)
         rule = SERVER_RULES.get(keys.strategy, fedavg)  # a robust rule has chosen the update; its step is plain
         self.weights = rule(self.weights, update, self.optimizer, keys)
         if keys.wire != "fp32":
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
-        self._record_training(phase, intake)
+        self._record_training(phase, intake, grown)
         return None, None
 
     def configure_evaluate(
@@ -192,8 +197,8 @@ class FederatedDistillation(Strategy):
         keys, federation = self.config.server, self.federation
         if len(federation.tiers) > 1:
             return TieredSum(federation.tiers, federation.tier_of, self.exchange.sizes)
-        shapes = federation.tiers.shapes
-        return intake_for(keys, wire_for(keys, number, self.config.rounds), shapes, self.exchange.sizes)
+        shapes, wire = federation.tiers.shapes, wire_for(keys, number, self.config.rounds)
+        return intake_for(keys, wire, shapes, self.exchange.sizes, squares=self.growth is not None)
 
     def _teach(self, number: int, clients: Sequence[int], grid: Grid) -> None:
         """Have the teacher's outputs computed where they may not be on disk: once per client and run."""
@@ -249,6 +254,7 @@ class FederatedDistillation(Strategy):
             "feedback": sorted(self.exchange.feedback.items()),
             "journals": self.folder.lengths(),
             "width": self.width,
+            "growth": None if self.growth is None else asdict(self.growth),
             **self._identity(),
         }
         checkpoint = Checkpoint(number, self.weights, self.optimizer, state)
@@ -276,6 +282,9 @@ class FederatedDistillation(Strategy):
         self.taught = set(found.state["taught"])
         self.exchange.run = found.state["run"]
         self.exchange.feedback = dict(found.state["feedback"])
+        if self.growth is not None:
+            self.growth = Growth(**found.state["growth"])
+            self.exchange.token_budget = self.growth.budget
         self.folder.cut_back(found.state["journals"])
         self.progress.line(f"continues after round {self.done}")
 
@@ -311,7 +320,16 @@ class FederatedDistillation(Strategy):
                 f"server.max-lost-fraction = {allowed} allows; the first: client {client} {what}"
             )
 
-    def _record_training(self, phase: Phase, intake: Intake) -> None:
+    def _grow(self, update: dict[str, Any], intake: Intake) -> dict[str, Any]:
+        """Set the next round's token budget, where it grows; what the round's metrics line says of it."""
+        if self.growth is None:
+            return {}
+        square = float(update.pop(SQUARES)[0])
+        told = self.growth.note(update, square, len(intake.lines), intake.examples)
+        self.exchange.token_budget = self.growth.budget
+        return told
+
+    def _record_training(self, phase: Phase, intake: Intake, grown: dict[str, Any]) -> None:
         history = self.history
         lines = sorted(intake.lines, key=lambda line: line.client)
         history.rounds = phase.round
@@ -322,7 +340,7 @@ class FederatedDistillation(Strategy):
             for name in LOSSES
         }
         line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
-        self.folder.add_line({**line, **history.losses, **phase.faults()})
+        self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
     def _record_scores(self, phase: Phase, found: TieredScores) -> None:
         history, spec = self.history, self.data.task.score_spec

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.config import Config
+from common.config import AUTO_BUDGET, Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
 from common.distillation import Examples, keep, learn, make_recipe, relation_heads
@@ -26,6 +26,7 @@ from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters
 from common.nested import Tiers
+from common.probe import find_room
 from common.progress import Progress
 from common.pupil import Pupil, open_pupil, save_pupil
 from common.seeding import generator, seed_for
@@ -246,12 +247,15 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
         recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
     tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape)
     whole = len(tiers) - 1
-    student = tiers.student(whole)
+    student, examples = tiers.student(whole), Examples(pupil.data.train, rows, soft, pupil.taught)
     weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
+    room = None
+    if config.client.micro_budget == AUTO_BUDGET:
+        room = find_room(student, weights, examples, recipe=recipe, compute=compute, teacher=model)
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
         state = learn(
-            student, weights, Examples(pupil.data.train, rows, soft, pupil.taught),
-            recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
+            student, weights, examples, recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model,
+            room=room, advance=bar.advance,
         )  # fmt: skip
     keep(state)
     pupil.model.to("cpu").eval()

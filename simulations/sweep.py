@@ -228,7 +228,8 @@ def _tier_rows(plan: Sweep, arm: str, runs: Mapping[int, Numbers], wanted: int) 
     keys = next(run.config.student for run in plan.runs if run.arm == arm)
     if not keys.sizes or not runs:
         return []
-    sizes = [(one.layers, one.heads or keys.heads, one.neurons or keys.neurons) for one in (*keys.sizes, keys)]
+    smaller = [(one.layers, one.heads or keys.heads, one.neurons or keys.neurons) for one in keys.sizes]
+    sizes = [*smaller, (keys.layers, keys.heads, keys.neurons)]
     return [
         _row(
             f"  {'/'.join(str(count or 'all') for count in size)}",

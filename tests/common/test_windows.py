@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from common.batches import token_budget_batches
 from common.config import from_flat
 from common.dataset import Split, in_pieces_of
-from common.distillation import Examples, Student, batch_of, begin, make_recipe, step
+from common.distillation import Examples, Student, batch_of, begin, make_recipe, set_gradients, step
 from common.errors import InputError
 from common.importance import importance
 from common.inference import predict
@@ -86,7 +86,7 @@ def test_a_step_has_one_loss_per_example_and_gradients_through_the_mean(teacher,
     student = Student.of(model, freeze_embeddings(model, False))
     state = begin(student, {name: p.detach().clone() for name, p in student.trained.items()}, recipe)
     batch = batch_of(examples, np.array([0, 5, 2]), recipe, FP32)
-    step(state, batch, recipe=recipe, compute=FP32)
+    step(state, set_gradients(state, [batch], recipe=recipe, compute=FP32), 3, recipe)
     assert state.seen == 3
     assert float(state.totals[0]) / 3 == pytest.approx(loss.item(), abs=1e-5)
     for name, parameter in trained.items():
@@ -111,7 +111,8 @@ def test_losses_on_inner_states_are_those_of_the_windows(teacher, scene, part):
     weights = {name: p.detach().clone() for name, p in student.trained.items()}
     state = begin(student, weights, recipe)
     rows = np.array([0, 5, 2])
-    step(state, batch_of(examples, rows, recipe, FP32), recipe=recipe, compute=FP32, teacher=teacher)
+    batch = batch_of(examples, rows, recipe, FP32)
+    step(state, set_gradients(state, [batch], recipe=recipe, compute=FP32, teacher=teacher), 3, recipe)
 
     # the same windows as examples of their own
     tokens = examples.data.tokens
@@ -122,7 +123,8 @@ def test_losses_on_inner_states_are_those_of_the_windows(teacher, scene, part):
     alone = Examples(Split(flat, np.zeros(many, np.int64), np.zeros((many, 16), np.uint8)), windows,
                      np.zeros((len(windows), 2), np.float32))  # fmt: skip
     other = begin(student, weights, recipe)
-    step(other, batch_of(alone, np.arange(len(windows)), recipe, FP32), recipe=recipe, compute=FP32, teacher=teacher)
+    batch = batch_of(alone, np.arange(len(windows)), recipe, FP32)
+    step(other, set_gradients(other, [batch], recipe=recipe, compute=FP32, teacher=teacher), len(windows), recipe)
     assert float(state.totals[0]) > 0
     assert float(state.totals[0]) / 3 == pytest.approx(float(other.totals[0]) / len(windows), rel=1e-6)
 

@@ -28,7 +28,9 @@ SWEEPS = ("glue", "teachers")
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.stem not in SWEEPS], ids=lambda path: path.stem)
 def test_every_preset_loads(path):
-    assert load_config(path).task == path.stem
+    """A preset is named after its task; one for a file of the user's own, which has none, after what is in the file."""
+    config = load_config(path)
+    assert config.task == path.stem or (config.task == "text" and Path(config.data.source).stem == path.stem)
 
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.stem in SWEEPS], ids=lambda path: path.stem)
