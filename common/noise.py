@@ -19,7 +19,7 @@ SQUARES_SHAPE = {SQUARES: (1,)}
 
 def squares_of(update: Mapping[str, NDArray[Any] | Rows]) -> dict[str, NDArray[np.float32]]:
     """The squared norm of a client's update, as an array of it; of rows it has the bits of the whole array."""
-    rows = []
+    rows: list[float] = []
     for part in update.values():
         values = np.ascontiguousarray(part.values if isinstance(part, Rows) else part)
         # row by row, then exactly: rows of zeros change nothing
