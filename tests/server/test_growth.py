@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from common.compression import Wire
+from common.compression import Wire, compress
 from common.config import from_flat
 from common.errors import InputError
 from common.fixed_point import ExactSum, NotFinite, Rows
@@ -62,17 +62,14 @@ def rounds(growth, signals, noises):
 
 
 def test_the_budget_grows_as_the_noise_scale_does():
-    """Smoothed signals 0.3 and 0.3 (0.7 + 1/4) = 0.285, 0.2745: the scale grows by 1/0.95 and 1/0.915."""
+    """Signals 1, 1, 0.05 smoothed: 0.3, 0.51, 0.372; noises 10 each: 3, 5.1, 6.57; so scales of 10, 10, 17.66."""
     growth = Growth(start=1000, most=8000)
-    assert growth.budget == 1000
-    first = growth.note({"w": np.array(np.sqrt(2.0))}, 3.0, 2, 10)
-    assert first == {"token_budget": 1000, "noise_scale": pytest.approx(10.0)}
-    constant = 10.0 * 1.7 / 1.7
-    assert constant == 10.0
-    growth = Growth(start=1000, most=8000)
-    assert rounds(growth, [1.0, 1.0], [10.0, 10.0])[0] == 1000
-    # signal 0.7 * 0.51 + 0.3 * 0.05 = 0.372 (no rounds: 0.51 of 1), noise 0.657 * 10: 17.66 examples
-    assert rounds(growth, [0.05], [10.0]) == [1766]
+    assert growth.note({"w": np.array(np.sqrt(2.0))}, 3.0, 2, 10) == {
+        "token_budget": 1000,
+        "noise_scale": pytest.approx(10.0),
+    }
+    assert rounds(growth, [1.0, 0.05], [10.0, 10.0])[-1] == 1766
+    assert growth.scale == pytest.approx(6.57 / 0.372)
 
 
 def test_it_never_falls_never_more_than_doubles_and_ends_at_the_most():
@@ -152,7 +149,8 @@ def test_the_mean_square_has_the_same_bits_from_any_packing():
         seen.add(intake.update()[SQUARES].tobytes())
     intake = intake_for(from_flat({"server.packing": "off"}).server, FP32, SHAPES, SIZES, squares=True)
     for client in SIZES:  # own updates: the server has their norms without being told
-        intake.take(pack_reply({own_update(client): found[client]}, [lines[client]]), frozenset([client]))
+        sent = compress(found[client], FP32, np.random.default_rng(0))
+        intake.take(pack_reply({own_update(client): sent}, [lines[client]]), frozenset([client]))
     seen.add(intake.update()[SQUARES].tobytes())
     assert len(seen) == 1
     squares = [float(squares_of(found[client])[SQUARES][0]) for client in SIZES]
