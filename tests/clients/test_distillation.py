@@ -52,7 +52,8 @@ def test_an_updates_losses_are_those_of_its_training_by_the_names_that_travel(sc
     assert list(losses.values()) == list(told.values())
     parts = {"soft": 0.7, "hard": 0.3, "hidden": 1.0, "cls": 0.5, "relation": 0.25}
     assert losses["loss"] == pytest.approx(sum(weight * losses[f"{part}_loss"] for part, weight in parts.items()))
-    assert min(losses.values()) > 0
+    assert losses["self_loss"] == 0  # no student inside this one
+    assert sum(value > 0 for value in losses.values()) == 6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

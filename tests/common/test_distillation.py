@@ -391,10 +391,11 @@ def test_words_are_aligned_at_their_first_pieces_as_far_as_both_hold_them():
     """[CLS] unaffordable rooms [SEP] in two ways; the second text is cut short in the student's pieces."""
     own = cut([[1], [5, 6, 7], [8, 9], [2]], [[1], [5], [6, 7]])
     taught = cut([[1], [50, 51], [52], [2]], [[1], [53, 54], [55], [56], [2]])
-    first, second, mask = _aligned(own, taught, np.array([0, 1]), "cpu")
+    (first, second, mask), positions = _aligned(own, taught, np.array([0, 1]), "cpu")
     assert first.tolist() == [[0, 1, 4, 6], [0, 1, 2, 0]]
     assert second.tolist() == [[0, 1, 3, 4], [0, 1, 3, 0]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert positions == 7
 
 
 def test_states_are_compared_at_the_aligned_places():
@@ -555,11 +556,11 @@ def test_adaptive_weights_by_hand():
     batch = SimpleNamespace(soft=sure, hard=torch.tensor([0, 1]))
     soft, hard = torch.tensor([1.0, 1.0]), torch.tensor([10.0, 10.0])
     expected = (0.8 * 0.75 * 1 + (0.2 + 0.8 * 0.25) * 10 + 0.8 * 0.25 * 1 + (0.2 + 0.8 * 0.75) * 10) / 2
-    assert _outer(soft, hard, batch, recipe).item() == pytest.approx(expected)
+    assert _outer(soft, hard, batch, recipe, recipe.weights).item() == pytest.approx(expected)
     score = SimpleNamespace(soft=torch.tensor([[2.0], [3.0]]), hard=torch.tensor([2.0, 4.0]))
     trust = math.exp(-1.0)  # a score that is wrong by 1
     expected = (0.8 * 1 + 0.2 * 10 + 0.8 * trust * 1 + (0.2 + 0.8 * (1 - trust)) * 10) / 2
-    assert _outer(soft, hard, score, replace(recipe, regression=True)).item() == pytest.approx(expected)
+    assert _outer(soft, hard, score, replace(recipe, regression=True), recipe.weights).item() == pytest.approx(expected)
 
 
 def test_layers_are_paired_as_the_keys_say():

@@ -68,7 +68,7 @@ def trained_once(config, tiers, teacher, tier, shared, **changes):
     student = tiers.student(tier)
     recipe = replace(recipe_of(config, tiers, teacher, tier), clip_norm=0.0, **changes)
     state = begin(student, tiers.part(tier, shared), recipe)
-    step(state, [batch()], recipe=recipe, compute=FP32)
+    step(state, set_gradients(state, [batch()], recipe=recipe, compute=FP32), 3, recipe)
     return state
 
 

@@ -44,7 +44,7 @@ LINES = [
 ASKED = frozenset({3, 5})
 RUN = "0123456789abcdef"
 INSTRUCTION = Instruction(
-    RUN, 2, '{"rounds": 3}', (3, 5), (0, 1), "/teacher é", "ab12", "cd34", "ef56", "0789", "/board"
+    RUN, 2, '{"rounds": 3}', (3, 5), (0, 1), "/teacher é", "ab12", "cd34", "ef56", "0789", scoreboard="/board"
 )
 
 

@@ -147,6 +147,18 @@ class Heard(Silent):
         self.heard.append(text)
 
 
+class OneTier:
+    """All clients hold every array."""
+
+    sent = None
+
+    def __getitem__(self, tier):
+        return self
+
+    def cut(self, arrays, sent):
+        return arrays
+
+
 class Run:
     """An exchange with some nodes, and what happened in it."""
 
@@ -158,6 +170,8 @@ class Run:
             config=config,
             data=SimpleNamespace(train_sizes=sizes, eligible=np.array(clients), key="d" * 32),
             teacher=SimpleNamespace(folder=folder, hash="h" * 64),
+            tiers=OneTier(),
+            tier_of=np.zeros(len(sizes), dtype=np.int64),
             pupil=SimpleNamespace(key="s" * 32, hash="p" * 64),
         )
         self.grid, self.clients, self.hangs, self.progress, self.folder = (
