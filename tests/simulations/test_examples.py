@@ -30,8 +30,8 @@ def test_the_same_seed_makes_the_same_file_and_another_another(abstracts, tmp_pa
     assert make(tmp_path / "other.csv", "--seed", "1").read_bytes() != abstracts.read_bytes()
 
 
-def test_no_field_shows_in_the_first_half_of_an_abstract(abstracts):
-    """Nine sentences of the first half are drawn from the same ten for all fields: no other word occurs there."""
+def test_no_field_shows_in_the_first_third_of_an_abstract(abstracts):
+    """It begins with sentences that are drawn from the same ten for all fields: no other word occurs there."""
     with abstracts.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 200
