@@ -23,7 +23,7 @@ def test_every_key_says_what_it_means():
 
 
 PRESETS = sorted((ROOT / "simulations" / "presets").glob("*.toml"))
-SWEEPS = ("glue", "teachers")
+SWEEPS = ("ablation", "glue", "teachers", "tiers")
 
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.stem not in SWEEPS], ids=lambda path: path.stem)
