@@ -21,11 +21,14 @@ Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Scalar = str | int | float | bool
 Strategy = Literal[
-    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum"
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
+    "feddf",
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
+FUSED = ("feddf",)  # need it too
+PUBLIC = ("feddf",)  # need public text
 
 
 def _kebab(name: str) -> str:
@@ -158,6 +161,11 @@ class ServerKeys(_Section):
     byzantine: int = Field(
         1, ge=0, description="hostile clients a round that `trimmed-mean`, `krum` and `multi-krum` bear"
     )
+    public_sample: int = Field(
+        0, ge=0, description="public examples that `feddf` draws for each round; 0: all there are"
+    )
+    public_epochs: int = Field(1, ge=1, le=1000, description="passes over these")
+    public_lr: Rate = Field(1e-4, description="AdamW learning rate of these passes; it falls to a tenth within a round")
     norm_bound: float = Field(0.0, ge=0.0, description="scale each client's update down to this norm; 0: not")
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -197,7 +205,7 @@ def _resolve_server(given: dict[str, Any]) -> dict[str, Any]:
 
 def _needs_own_updates(keys: dict[str, Any]) -> list[str]:
     """Which of the server's keys need each client's own update."""
-    found = [f"strategy = {keys['strategy']!r}"] if keys.get("strategy") in ROBUST else []
+    found = [f"strategy = {keys['strategy']!r}"] if keys.get("strategy") in (*ROBUST, *FUSED) else []
     found += [f"norm-bound = {keys['norm-bound']}"] if keys.get("norm-bound") else []
     found += [f"wire = {keys['wire']!r}"] if keys.get("wire", "fp32") != "fp32" else []
     return [f"server.{key}" for key in found]
@@ -268,6 +276,11 @@ class Config(_Section):
             )
         if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
+        if self.server.strategy in PUBLIC and not self.data.public_fraction:
+            raise ValueError(
+                f"data.public-fraction = 0.0: server.strategy = {self.server.strategy!r} learns on public text; "
+                "give more than 0"
+            )
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         if self.task == "text" and not self.data.source:

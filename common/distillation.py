@@ -281,6 +281,15 @@ def restore(student: Student) -> None:
         student.model.get_input_embeddings().weight = student.trained[student.words]
 
 
+def learnt(state: Learning, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All trained weights after learning from ``weights``; of a word embedding the rows that were not trained too."""
+    found = {name: parameter.detach() for name, parameter in state.trained.items()}
+    if state.vocabulary is not None:
+        words = state.student.words
+        found[words] = weights[words].index_copy(0, state.vocabulary, found[words])
+    return found
+
+
 def learn(
     student: Student,
     weights: dict[str, Tensor],

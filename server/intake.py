@@ -1,8 +1,9 @@
 """What becomes of the replies of a training phase: checked, added up or kept, and turned into one update.
 
-Three ways, by configuration: nodes send sums of their clients' updates (`Summed`); each client's own update
-travels, perhaps with loss, and is added up here (`Streamed`); or all of them are kept until the end, for a rule
-that compares them (`Collected`). The first two need memory for one model, the third for one per client.
+By configuration: nodes send sums of their clients' updates (`Summed`); each client's own update travels, perhaps with
+loss, and is added up here (`Streamed`), and beside that kept for an ensemble (`Kept`); or all of them are kept until
+the end, for a rule that compares them (`Collected`). The first two need memory for one model, the others for one per
+client.
 """
 
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ def intake_for(keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int,
     """The way that the keys ask for; ``sizes`` are the examples each client is known to have."""
     if keys.strategy in ROBUST:
         return Collected(keys, wire, shapes, sizes)
+    if keys.strategy == "feddf":
+        return Kept(keys, wire, shapes, sizes)
     return Summed(shapes, sizes) if keys.packing == "on" else Streamed(keys, wire, shapes, sizes)
 
 
@@ -123,6 +126,22 @@ class Streamed(_OwnUpdates):
 
     def update(self) -> dict[str, NDArray[np.float64]]:
         return {name: mean(total, self.examples) for name, total in self.sum.totals.items()}
+
+
+class Kept(Streamed):
+    """Own updates, each added to the exact sum and kept.
+
+    Attributes:
+        kept: the updates by client.
+    """
+
+    def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
+        super().__init__(keys, wire, shapes, sizes)
+        self.kept: dict[int, Mapping[str, NDArray[np.float32]]] = {}
+
+    def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
+        super().add(line, update)
+        self.kept[line.client] = update
 
 
 class Collected(_OwnUpdates):
