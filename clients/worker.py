@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from clients.distillation import ClientUpdate, distil
-from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with_feedback
+from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
+from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
 from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.distillation import Examples, Student, make_recipe
+from common.distillation import Examples, Recipe, Student, make_recipe
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
@@ -32,7 +33,7 @@ from common.models import freeze_embeddings, load_teacher
 from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
-from common.wire import NOT_FINITE, ClientLine, Instruction, own_update
+from common.wire import NOT_FINITE, ClientLine, Instruction, Shapes, own_update
 
 Sums = dict[str, NDArray[np.int64]]
 Groups = Mapping[str, Mapping[str, NDArray[Any] | Rows]]
@@ -92,13 +93,21 @@ class Worker:
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }
-        self.feedback = cache / "error-feedback"
+        self.cache = cache
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays a message must bring."""
         return {name: tuple(parameter.shape) for name, parameter in self.student.trained.items()}
+
+    def expects(self, kind: str, round_number: int) -> Shapes:
+        """The arrays that a message of this kind brings."""
+        return self.shapes
+
+    def totals(self, round_number: int) -> Shapes:
+        """The arrays of a round's sum."""
+        return self.shapes
 
     def teach(self, clients: Sequence[int], finished: Finished) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""
@@ -149,7 +158,7 @@ class Worker:
             Groups of arrays to send: the sum of the updates, or each client's own where that is asked for.
         """
         weights = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
-        total = ExactSum(self.shapes)
+        total = ExactSum(self.totals(instruction.round))
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -157,9 +166,9 @@ class Worker:
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began = time.perf_counter()
             try:
-                update = self._train_one(weights, instruction.round, client)
+                update = self._train_one(weights, instruction, client, base)
                 if packed:
-                    total.add(update.arrays, update.examples)
+                    total.add(update.arrays, update.weight)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -170,12 +179,11 @@ class Worker:
         return ({"update": total.compact} if packed else groups), lines
 
     def evaluate(
-        self, arrays: dict[str, NDArray[np.float32]], clients: Sequence[int], finished: Finished
+        self, arrays: dict[str, NDArray[np.float32]], instruction: Instruction, finished: Finished
     ) -> tuple[Sums, Sums, list[ClientLine]]:
         """Statistics of the student, and of the teacher, on the held-out rows of some clients."""
-        with torch.no_grad():
-            for name, parameter in self.student.trained.items():
-                parameter.copy_(_tensor(arrays[name]))
+        clients = instruction.clients
+        self._put({name: _tensor(array) for name, array in arrays.items()})
         length = statistics_length(self.spec)
         student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
         lines = []
@@ -241,24 +249,32 @@ class Worker:
         }
         if wire.kind == "fp32":  # as they are: copies, because the next client trains in the same place
             return {name: part.copy() for name, part in compress(arrays, wire, rng).items()}
-        memory = ErrorFeedback(self.feedback / instruction.run, self.config.server.keep_checkpoints)
+        memory = ErrorFeedback(self.cache / "error-feedback" / instruction.run, self.config.server.keep_checkpoints)
         parts, residual = compress_with_feedback(arrays, memory.load(client, base, self.shapes), wire, rng)
         memory.save(client, number, base, residual)
         return parts
 
-    def _train_one(self, weights: dict[str, Any], round_number: int, client: int) -> ClientUpdate:
+    def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
+        """What a client makes of the tensors of a message; ``base``: the round of its last answer that was taken."""
         return distil(
             self.student,
-            weights,
+            received,
             self._examples(client),
-            recipe=make_recipe(
-                self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression
-            ),
+            recipe=self._recipe(instruction.round),
             compute=self.compute,
             seed=self.config.seed,
-            who=(round_number, client),
+            who=(instruction.round, client),
             teacher=self.teacher,
         )
+
+    def _recipe(self, round_number: int) -> Recipe:
+        return make_recipe(self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression)
+
+    def _put(self, weights: Mapping[str, Any]) -> None:
+        """Bring the resident student up to these weights."""
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                self.student.trained[name].copy_(tensor)
 
     def _examples(self, client: int) -> Examples:
         rows = self.data.shard(client).train
@@ -290,4 +306,4 @@ def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused | MissingFeedback) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingState) else type(error).__name__

@@ -22,13 +22,15 @@ Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Scalar = str | int | float | bool
 Strategy = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
-    "feddf",
+    "feddf", "fedmd", "ds-fl",
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
 FUSED = ("feddf",)  # need it too
-PUBLIC = ("feddf",)  # need public text
+VOTING = ("fedmd", "ds-fl")  # outputs on public text travel, and no weights
+PUBLIC = ("feddf", *VOTING)  # need public text
+KEEPING = VOTING  # clients keep a model of their own on their disks
 
 
 def _kebab(name: str) -> str:
@@ -162,7 +164,7 @@ class ServerKeys(_Section):
         1, ge=0, description="hostile clients a round that `trimmed-mean`, `krum` and `multi-krum` bear"
     )
     public_sample: int = Field(
-        0, ge=0, description="public examples that `feddf` draws for each round; 0: all there are"
+        0, ge=0, description="public examples drawn for each round of `feddf`, `fedmd` and `ds-fl`; 0: all there are"
     )
     public_epochs: int = Field(1, ge=1, le=1000, description="passes over these")
     public_lr: Rate = Field(1e-4, description="AdamW learning rate of these passes; it falls to a tenth within a round")
@@ -276,6 +278,7 @@ class Config(_Section):
             )
         if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
+        self._votes_are_no_updates()
         if self.server.strategy in PUBLIC and not self.data.public_fraction:
             raise ValueError(
                 f"data.public-fraction = 0.0: server.strategy = {self.server.strategy!r} learns on public text; "
@@ -286,6 +289,22 @@ class Config(_Section):
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
+
+    def _votes_are_no_updates(self) -> None:
+        keys = self.server
+        if keys.strategy not in VOTING:
+            return
+        wrong = {
+            f"server.wire = {keys.wire!r}": (keys.wire != "fp32", "fp32"),
+            f"server.norm-bound = {keys.norm_bound}": (keys.norm_bound > 0, "0"),
+            f"server.packing = {keys.packing!r}": (keys.packing != "on", "auto"),
+            f"server.lr = {keys.lr}": (keys.lr != 1.0, "0"),
+        }
+        for told, (found, right) in wrong.items():
+            if found:
+                raise ValueError(f"{told}: with server.strategy = {keys.strategy!r} no update travels; give {right}")
+        if keys.strategy == "ds-fl" and self.task == "stsb":
+            raise ValueError("server.strategy = 'ds-fl': it averages probabilities, and stsb has none; give 'fedmd'")
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""

@@ -75,6 +75,13 @@ class Summed:
         return {name: mean(total, self.total.weight) for name, total in self.total.totals.items()}
 
 
+class Votes(Summed):
+    """Sums in which every client counts the same."""
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        return {name: mean(total, len(self.total.lines)) for name, total in self.total.totals.items()}
+
+
 class _OwnUpdates:
     """Replies that hold each client's own update: what both ways of using them share."""
 

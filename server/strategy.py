@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.config import PUBLIC
+from common.config import KEEPING, PUBLIC
 from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
@@ -27,6 +27,7 @@ from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import Rejected, RunningSum
 from server.assignment import pick_cohort
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.consensus import Consensus
 from server.ensemble import put
 from server.exchange import NAMES, Exchange, StreamingGrid
 from server.feddf import FedDF
@@ -39,7 +40,7 @@ from server.run_folder import RunFolder
 from server.student import Width, choose_width, narrow_student, random_width
 from server.validation import validate
 
-METHODS: dict[str, type[Averaging]] = {"feddf": FedDF}
+METHODS: dict[str, type[Averaging]] = {"feddf": FedDF, "fedmd": Consensus, "ds-fl": Consensus}
 
 
 class FederatedDistillation(Strategy):
@@ -158,7 +159,7 @@ class FederatedDistillation(Strategy):
             self._count(phase)
         if phase.surplus:
             self.cohort = tuple(sorted(phase.accepted))
-        if keys.wire != "fp32":
+        if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
         self._record_training(phase, intake)
         self.weights = self.method.step(number, self.weights, update, intake, self.optimizer)
@@ -299,7 +300,7 @@ class FederatedDistillation(Strategy):
     def _identity(self) -> dict[str, Any]:
         """What the bits depend on besides the keys."""
         teacher = self.federation.teacher
-        found = {
+        found: dict[str, Any] = {
             "data": self.data.key,
             "teacher": teacher.hash,
             "student": self.federation.pupil.hash,

@@ -1,0 +1,43 @@
+"""The server's part of learning by outputs alone (fedmd, ds-fl; see `common.consensus`).
+
+What the server remembers from round to round, beside its own student, is the last consensus: (texts, num_labels), in
+the checkpoint as ``consensus``. Which of a client's students on its disk is the one whose votes were counted it says
+with each question (`common.wire.Instruction.feedback`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.consensus import consensus, temperature
+from server.ensemble import distil_from, rows_of_round
+from server.intake import Intake, Votes
+from server.method import Averaging, Memory, Weights
+from server.rules import MeanUpdate
+
+
+class Consensus(Averaging):
+    """Outputs on public text travel; the server's student learns from their consensus."""
+
+    def sends(self, kind: str, number: int, weights: Weights, memory: Memory) -> Mapping[str, NDArray[Any]]:
+        if kind != "train" or "consensus" not in memory:
+            return {}
+        return {"consensus": memory["consensus"].astype(np.float32)}
+
+    def intake(self, number: int, weights: Weights, sizes: Mapping[int, int]) -> Intake:
+        rows = rows_of_round(self.federation, number)
+        return Votes({"votes": (len(rows), self.federation.data.task.num_labels)}, sizes)
+
+    def step(self, number: int, weights: Weights, update: MeanUpdate, intake: Intake, memory: Memory) -> Weights:
+        target = consensus(self.config.server.strategy, update["votes"])
+        memory["consensus"] = target.astype(np.float64)
+        rows = rows_of_round(self.federation, number)
+        learnt, loss = distil_from(
+            self.federation, weights, rows, target,
+            number=number, temperature=temperature(self.config), progress=self.progress, tick=self.tick,
+        )  # fmt: skip
+        clients = len(intake.lines)
+        self.tell({"round": number, "phase": "fuse", "clients": clients, "examples": len(rows), "loss": loss})
+        return learnt
