@@ -15,6 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.consensus import ConsensusWorker
+from clients.mutual import MutualWorker
 from clients.worker import Finished, Worker
 from common.config import from_flat
 from common.errors import place_of
@@ -22,7 +23,7 @@ from common.wire import Instruction, pack_reply, unpack_instruction, unpack_stud
 
 app = ClientApp()
 NEEDS = ("teacher", "teacher_hash", "dataset", "student", "student_hash")  # of an instruction, what a worker is made of
-WORKERS: dict[str, type[Worker]] = {"fedmd": ConsensusWorker, "ds-fl": ConsensusWorker}
+WORKERS: dict[str, type[Worker]] = {"fedmd": ConsensusWorker, "ds-fl": ConsensusWorker, "fedkd": MutualWorker}
 
 _resident: dict[str, Worker] = {}  # at most one: a new run replaces it
 

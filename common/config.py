@@ -22,7 +22,7 @@ Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Scalar = str | int | float | bool
 Strategy = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
-    "feddf", "fedmd", "ds-fl",
+    "feddf", "fedmd", "ds-fl", "fedkd",
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
@@ -30,7 +30,7 @@ ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's 
 FUSED = ("feddf",)  # need it too
 VOTING = ("fedmd", "ds-fl")  # outputs on public text travel, and no weights
 PUBLIC = ("feddf", *VOTING)  # need public text
-KEEPING = VOTING  # clients keep a model of their own on their disks
+KEEPING = (*VOTING, "fedkd")  # clients keep a model of their own on their disks
 
 
 def _kebab(name: str) -> str:
@@ -143,6 +143,9 @@ class ClientKeys(_Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
+    mentor_layers: int = Field(
+        0, ge=0, description="of `fedkd`: layers of each client's own mentor, spread over the teacher's; 0: all of them"
+    )
     proximal: Weight = Field(0.01, description="mu of `fedprox`: how strongly a client is held to the round's weights")
 
 
@@ -173,8 +176,10 @@ class ServerKeys(_Section):
         "auto",
         description="a worker adds its clients' updates up before they travel; auto: where rule and wire allow it",
     )
-    wire: Literal["fp32", "fp16", "int8", "topk", "svd"] = Field(
-        "fp32", description="how an update travels; all but fp32 lose something and make up for it in later rounds"
+    wire: Literal["auto", "fp32", "fp16", "int8", "topk", "svd"] = Field(
+        "auto",
+        description="how an update travels; all but fp32 lose something and make up for it in later rounds; auto: "
+        "fp32, but svd for `fedkd`",
     )
     topk: float = Field(0.06, gt=0.0, le=1.0, description="share of an update's entries that `topk` keeps")
     svd_energy_start: float = Field(
@@ -200,6 +205,8 @@ def _resolve_server(given: dict[str, Any]) -> dict[str, Any]:
     keys = dict(given)
     if keys.get("lr", 0.0) == 0.0 and type(keys.get("lr", 0.0)) in (int, float):
         keys["lr"] = 0.01 if keys.get("strategy") in ADAPTIVE else 1.0
+    if keys.get("wire", "auto") == "auto":
+        keys["wire"] = "svd" if keys.get("strategy") == "fedkd" else "fp32"
     if keys.get("packing", "auto") == "auto":
         keys["packing"] = "off" if _needs_own_updates(keys) else "on"
     return keys
@@ -279,6 +286,7 @@ class Config(_Section):
         if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
         self._votes_are_no_updates()
+        self._mentors_need_labels()
         if self.server.strategy in PUBLIC and not self.data.public_fraction:
             raise ValueError(
                 f"data.public-fraction = 0.0: server.strategy = {self.server.strategy!r} learns on public text; "
@@ -305,6 +313,22 @@ class Config(_Section):
                 raise ValueError(f"{told}: with server.strategy = {keys.strategy!r} no update travels; give {right}")
         if keys.strategy == "ds-fl" and self.task == "stsb":
             raise ValueError("server.strategy = 'ds-fl': it averages probabilities, and stsb has none; give 'fedmd'")
+
+    def _mentors_need_labels(self) -> None:
+        keys = self.distill
+        if self.server.strategy != "fedkd":
+            return
+        wrong = {
+            f"distill.hard-weight = {keys.hard_weight}": (keys.hard_weight == 0, "more than 0: it learns from labels"),
+            f"distill.weighting = {keys.weighting!r}": (keys.weighting != "constant", "constant: it weighs by itself"),
+            f"distill.cls-weight = {keys.cls_weight}": (keys.cls_weight > 0, "0, or distill.hidden-weight"),
+            f"distill.relation-weight = {keys.relation_weight}": (
+                keys.relation_weight > 0, "0, or distill.hidden-weight",
+            ),
+        }  # fmt: skip
+        for told, (found, right) in wrong.items():
+            if found:
+                raise ValueError(f"{told}: server.strategy = 'fedkd' does not use it so; give {right}")
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""

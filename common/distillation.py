@@ -386,12 +386,12 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]
     if recipe.weights["hidden"] > 0:
         distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
-        parts["hidden"] = torch.stack([distance(*_compared(a, b, batch), mask) for a, b in pairs]).mean()
+        parts["hidden"] = torch.stack([distance(*compared(a, b, batch), mask) for a, b in pairs]).mean()
     if recipe.weights["cls"] > 0:
         parts["cls"] = torch.stack([losses.patient(a[:, 0], b[:, 0]) for a, b in pairs]).mean()
     if related:
         relation = partial(losses.relations, mask=mask, heads=recipe.relation_heads)
-        found = [relation(*_compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
+        found = [relation(*compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
         parts["relation"] = torch.stack(found).mean()
     return parts
 
@@ -406,7 +406,7 @@ def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor,
     return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
 
 
-def _compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The two (batch, length, width) at the places where they are compared."""
     if batch.places is None:
         return own, taught

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, Student, learn, make_recipe, relation_heads
+from common.distillation import Examples, Student, learn, learnt, make_recipe, relation_heads
 from common.errors import InputError
 from common.families import head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
@@ -217,8 +217,11 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
     trained = freeze_embeddings(student, keys.train_embeddings)
     weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
     with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
-        learn(
+        state = learn(
             Student.of(student, trained), weights, Examples(pupil.data.train, rows, soft, pupil.taught),
             recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model, advance=bar.advance,
         )  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in learnt(state, weights).items():
+            trained[name].copy_(tensor)
     student.to("cpu").eval()

@@ -11,7 +11,7 @@ from server.checkpoint import checkpoint_folder
 from tests.integration.conftest import read_lines
 from tests.integration.faulty import Outcome, Stage
 
-METHODS = ("feddf", "fedmd", "ds-fl")
+METHODS = ("feddf", "fedmd", "ds-fl", "fedkd")
 VOTING = ("fedmd", "ds-fl")
 
 

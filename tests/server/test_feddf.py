@@ -142,6 +142,15 @@ def test_trained_word_embeddings_are_fused_too(make_federation):
     assert not np.delete(moved, pieces[1:]).any()
 
 
+def test_a_warm_start_keeps_the_words_that_it_has_trained(make_federation):
+    """The same steps on the same text, at the server too: rows of words that it holds move, and no others."""
+    cold, warm = (make_federation(**{"student.train-embeddings": True, "student.warm-epochs": n}) for n in (0, 1))
+    (words,) = (name for name in cold.weights() if name.endswith("word_embeddings.weight"))
+    moved = (cold.weights()[words] != warm.weights()[words]).any(axis=1)
+    pieces = cold.data.train.tokens.vocabulary(np.asarray(cold.data.public))
+    assert np.flatnonzero(moved).tolist() == pieces[1:].tolist()
+
+
 # --- public rows and keys ------------------------------------------------------------------------
 
 
