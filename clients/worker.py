@@ -89,7 +89,7 @@ class Worker:
         space = {
             "teacher": teacher_hash,
             "tokenizer": tokenizer_hash(Path(teacher)),
-            "max-length": config.data.max_length,
+            "windows": [config.data.max_length, config.data.windows, config.data.stride],
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }

@@ -19,12 +19,23 @@ def token_budget_batches(lengths: NDArray[np.int64], budget: int, rng: np.random
     if not len(lengths):
         return []
     shuffled = rng.permutation(len(lengths))
-    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    batches, start = [], 0
-    for end in range(1, len(by_length) + 1):
-        # sorted ascending: the next example would be the longest of the batch
-        full = end == len(by_length) or (end - start + 1) * int(lengths[by_length[end]]) > budget
-        if full:
-            batches.append(by_length[start:end])
-            start = end
+    batches = cut(shuffled[np.argsort(lengths[shuffled], kind="stable")], lengths, budget)
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def cut(places: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+    """Cut positions, shortest example first, so that rows times the longest row of each part stays within ``budget``.
+
+    A single longer example makes a part of its own.
+
+    Args:
+        lengths: (n,) word pieces of the examples at positions 0 to n-1.
+    """
+    parts, start = [], 0
+    for end in range(1, len(places) + 1):
+        # ascending: the next example would be the longest of the part
+        full = end == len(places) or (end - start + 1) * int(lengths[places[end]]) > budget
+        if full:
+            parts.append(places[start:end])
+            start = end
+    return parts

@@ -66,7 +66,21 @@ class DataKeys(_Section):
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
     text_columns: str = Field("", description="for `text`: one or two columns, comma between; empty: `text`")
     label_column: str = Field("label", description="for `text`: the column of class names or numbers")
-    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example")
+    multi_label: bool = Field(
+        False, description="for `text`: an example has any number of classes, e.g. a|b; an empty cell is unlabelled"
+    )
+    label_separator: str = Field(
+        "|", min_length=1, description="between the classes of a cell with `multi-label`; alone in it: no class"
+    )
+    max_length: int = Field(128, ge=8, le=512, description="word pieces kept of an example, or of each of its windows")
+    windows: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="a longer text is cut into at most so many windows, whose mean logits are the example's; 1: it is "
+        "cut short. Single texts only",
+    )
+    stride: int = Field(0, ge=0, description="word pieces that neighbouring windows share")
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
 
@@ -139,7 +153,13 @@ class ClientKeys(_Section):
         description="AdamW weight decay; of trained word embeddings only the client's own words decay",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
-    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
+    micro_budget: int = Field(
+        0,
+        ge=0,
+        description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
+        "up; 0: as `token-budget`",
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
@@ -267,11 +287,27 @@ class Config(_Section):
     def _keys_that_need_each_other(self) -> "Config":
         keys = self.distill
         if keys.soft_weight + keys.hard_weight + keys.hidden_weight + keys.cls_weight + keys.relation_weight == 0:
-            raise ValueError("every weight of the section distill is 0: nothing to learn from")
+            raise ValueError(
+                "distill.soft-weight, hard-weight, hidden-weight, cls-weight and relation-weight are all 0: nothing to "
+                "learn from"
+            )
         if self.student.target_ratio and self.student.vocabulary:
             raise ValueError(
                 f"student.target-ratio = {self.student.target_ratio}: it chooses the vocabulary; "
                 f"student.vocabulary = {self.student.vocabulary} does too; give one of them"
+            )
+        narrower = self.student.heads or self.student.neurons
+        if narrower and self.student.width_selection == "importance" and keys.soft_weight + keys.hard_weight == 0:
+            raise ValueError(
+                "student.width-selection = 'importance': it is measured on the loss on outputs, but "
+                "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
+                "student.width-selection = 'random'"
+            )
+        if self.data.multi_label and self.task != "text":
+            raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
+        if self.data.stride and self.data.windows == 1:
+            raise ValueError(
+                f"data.stride = {self.data.stride}: with data.windows = 1 there is nothing to share; give more windows"
             )
         if self.data.holdout_fraction == 1.0:
             raise ValueError("data.holdout-fraction = 1.0: nothing would be left to train on; give less than 1")
@@ -364,13 +400,23 @@ def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Co
     """
     flat: dict[str, Any] = dict(base.flat()) if base is not None else {}
     if path is not None:
-        flat |= _read_toml(path)
+        flat |= read_toml(path)
+    return from_flat(flat | read_settings(settings))
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, Scalar]:
+    """Dotted keys from ``key=value`` texts; the keys are not checked.
+
+    Raises:
+        InputError: one is no ``key=value``.
+    """
+    flat: dict[str, Scalar] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise InputError(f"-s {setting}: give key=value, e.g. -s rounds=3")
         flat[key.strip()] = _parse(text.strip())
-    return from_flat(flat)
+    return flat
 
 
 def from_flat(flat: Mapping[str, Any]) -> Config:
@@ -393,7 +439,12 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
         raise InputError(_first_problem(error)) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Dotted keys of a TOML file; neither keys nor values are checked.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
     try:
         document = tomllib.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config
+from common.config import Config, DataKeys
 from common.errors import InputError
 from common.files import Columns, read_columns, read_public
 from common.hub import fetch_folder
@@ -25,6 +25,7 @@ from common.toy import toy_corpus
 
 GLUE_HUB = "nyu-mll/glue"
 MAX_CLASSES = 256
+Cell = tuple[str, ...] | None  # of the label column: class names; None: unlabelled
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Table:
 
     Attributes:
         texts: one list of strings per text column, all of the same length n.
-        labels: (n,) int64 classes with -1 for unlabelled, or float64 scores with NaN for unlabelled.
+        labels: (n,) int64 classes with -1 for unlabelled, or float64 scores with NaN for unlabelled; for multi-label
+            (n, classes) int8, 1 for a class that the example has, and a row of -1 for unlabelled.
         owners: (n,) values of ``data.partition-by``, or None.
     """
 
@@ -87,11 +89,11 @@ def load_corpus(config: Config) -> Corpus:
     else:
         corpus = _glue(config)
     unlabelled = ~labelled(corpus.train.labels)
-    if config.distill.hard_weight > 0 and unlabelled.any():
+    if unlabelled.any() and (config.distill.hard_weight > 0 or config.distill.weighting != "constant"):
         row = int(np.flatnonzero(unlabelled)[0]) + 1
         raise InputError(
-            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 to learn "
-            "from the teacher alone"
+            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 and "
+            "distill.weighting = 'constant' to learn from the teacher alone"
         )
     if config.data.limit and config.data.limit < len(corpus.train):
         chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
@@ -161,17 +163,17 @@ def _file(config: Config) -> Corpus:
         raise InputError(f"data.text-columns = {data.text_columns!r}: give one column, or two with a comma between")
     train = _read_file("data.source", data.source)
     texts = _texts(train, names, data.source, strict=True)
-    raw = [_label_text(value) for value in _column(train, data.label_column, data.source)]
-    classes = _classes({value for value in raw if value}, data.label_column)
+    cells = _cells(_column(train, data.label_column, data.source), data)
+    classes = _classes({name for cell in cells for name in cell or ()}, data.label_column)
     owners = _owners(train, data.partition_by, data.source) if data.partition == "natural" else None
-    table = Table(texts, _file_labels(raw, classes, data.source), owners)
+    table = Table(texts, _file_labels(cells, classes, data.source, data.multi_label), owners)
     validation = {}
     if data.validation:
         other = _read_file("data.validation", data.validation)
-        raw = [_label_text(value) for value in _column(other, data.label_column, data.validation)]
-        labels = _file_labels(raw, classes, data.validation)
+        cells = _cells(_column(other, data.label_column, data.validation), data)
+        labels = _file_labels(cells, classes, data.validation, data.multi_label)
         validation = {"validation": Table(_texts(other, names, data.validation, strict=True), labels)}
-    return Corpus(text_task(names, classes, data.label_column), table, validation)
+    return Corpus(text_task(names, classes, data.label_column, data.multi_label), table, validation)
 
 
 def _read_file(key: str, name: str) -> Columns:
@@ -225,6 +227,23 @@ def _label_text(value: Any) -> str:
     return _text(str(value))
 
 
+def _cells(values: list[Any], data: DataKeys) -> list[Cell]:
+    """The class names in each cell of the label column."""
+    if not data.multi_label:
+        return [(text,) if (text := _label_text(value)) else None for value in values]
+    return [_names(value, data.label_separator) for value in values]
+
+
+def _names(value: Any, separator: str) -> Cell:
+    """Names between separators, or those of a list in JSON or Parquet; a separator alone or an empty list: no class."""
+    if not isinstance(value, list):
+        text = _label_text(value)
+        if not text:
+            return None
+        value = text.split(separator)
+    return tuple(name for name in map(_label_text, value) if name)
+
+
 def _classes(found: set[str], column: str) -> tuple[str, ...]:
     if not 2 <= len(found) <= MAX_CLASSES:
         raise InputError(
@@ -235,14 +254,24 @@ def _classes(found: set[str], column: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _file_labels(raw: list[str], classes: tuple[str, ...], where: str) -> NDArray[np.int64]:
-    number = {name: i for i, name in enumerate(classes)} | {"": -1}
-    for row, value in enumerate(raw, start=1):
-        if value not in number:
+def _file_labels(cells: list[Cell], classes: tuple[str, ...], where: str, multi_label: bool) -> NDArray[Any]:
+    number = {name: i for i, name in enumerate(classes)}
+    for row, cell in enumerate(cells, start=1):
+        if not number.keys() >= set(cell or ()):
             raise InputError(f"{where}: row {row}: the label is none of the {len(classes)} classes of data.source")
-    return np.asarray([number[value] for value in raw], dtype=np.int64)
+    if not multi_label:
+        return np.asarray([-1 if cell is None else number[cell[0]] for cell in cells], dtype=np.int64)
+    labels = np.zeros((len(cells), len(classes)), dtype=np.int8)
+    for row, cell in enumerate(cells):
+        if cell is None:
+            labels[row] = -1
+        else:
+            labels[row, [number[name] for name in cell]] = 1
+    return labels
 
 
 def labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
-    """(n,) where there is a label: scores use NaN for none, classes -1."""
+    """(n,) where there is a label: scores use NaN for none, classes -1, multi-label a row of -1."""
+    if labels.ndim == 2:
+        labels = labels[:, 0]
     return np.asarray(~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0)

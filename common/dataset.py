@@ -24,7 +24,7 @@ from common.seeding import generator
 from common.store import build_folder
 from common.tasks import Task
 from common.texts import Texts
-from common.tokens import Tokens, tokenize
+from common.tokens import Tokens, check_stride, tokenize
 
 FORMAT = 2
 TOKENIZER_FILES = (
@@ -39,7 +39,7 @@ class Split:
 
     Attributes:
         tokens: n examples.
-        labels: (n,) int64 classes (-1: unlabelled) or float64 scores (NaN: unlabelled).
+        labels: see `common.corpus.Table`.
         keys: (n, 16) uint8 content hash of each example's text.
         texts: one column, or two for pairs.
     """
@@ -59,7 +59,9 @@ class FederatedDataset:
 
     Attributes:
         key: hash of everything the data depends on.
-        max_length: word pieces kept of an example.
+        max_length: word pieces kept of each window of an example.
+        windows: the most that an example has.
+        stride: word pieces that neighbouring windows share.
         train: the whole train table; only its public rows may be shown to the teacher's fine-tuning.
         public: rows of ``train``.
         validation: public validation splits by name.
@@ -69,6 +71,8 @@ class FederatedDataset:
     key: str
     task: Task
     max_length: int
+    windows: int
+    stride: int
     train: Split
     public: Index
     validation: dict[str, Split]
@@ -105,6 +109,11 @@ def prepare_dataset(config: Config, tokenizer_folder: Path, cache: Path, progres
     """
     with progress.step("read the data", None):
         corpus = load_corpus(config)
+    if config.data.windows > 1 and len(corpus.task.text_columns) > 1:
+        raise InputError(
+            f"data.windows = {config.data.windows}: examples of task = {corpus.task.name} are pairs of texts, which "
+            "are not cut into windows; give 1"
+        )
     key = _key(config, corpus, tokenizer_folder)
     with build_folder(cache / "datasets" / key) as draft:
         if draft is not None:
@@ -128,6 +137,8 @@ def open_dataset(cache: Path, key: str) -> FederatedDataset:
         key=key,
         task=task,
         max_length=meta["max_length"],
+        windows=meta["windows"],
+        stride=meta["stride"],
         train=splits["train"],
         public=public,
         validation={name: splits[name] for name in meta["validation"]},
@@ -149,14 +160,17 @@ def in_pieces_of(
             with (progress or Silent()).step("tokenise for the student", total) as step:
                 for name, split in splits.items():
                     columns = tuple(column.all() for column in split.texts)
-                    tokenize(columns, tokenizer, data.max_length, step.advance).save(draft, name)
+                    tokens = tokenize(
+                        columns, tokenizer, data.max_length, step.advance, windows=data.windows, stride=data.stride
+                    )
+                    tokens.save(draft, name)
             (draft / "tokens.json").write_text(json.dumps(_tokenizer_note(tokenizer)))
     note = json.loads((folder / "tokens.json").read_text())
-    cut = {
+    own = {
         name: replace(split, tokens=Tokens.open(folder, name, note["pad"], note["typed"]))
         for name, split in splits.items()
     }
-    return replace(data, train=cut["train"], validation={name: cut[name] for name in data.validation})
+    return replace(data, train=own["train"], validation={name: own[name] for name in data.validation})
 
 
 def _tokenizer_note(tokenizer: Any) -> dict[str, Any]:
@@ -183,6 +197,8 @@ def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
 
 
 def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path, progress: Progress) -> None:
+    keys, tokenizer = config.data, load_tokenizer(tokenizer_folder)
+    check_stride(tokenizer, keys.max_length, keys.windows, keys.stride)
     with progress.step("cut the data into clients", None):
         public, validation, shards = _cut(config, corpus)
     share = config.data.holdout_fraction
@@ -194,11 +210,13 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
         )
     for name, rows in (("public", public), ("order", shards.order), ("starts", shards.starts), ("cuts", shards.cuts)):
         np.save(folder / f"{name}.npy", rows)
-    tokenizer = load_tokenizer(tokenizer_folder)
     tables = {"train": corpus.train, **validation}
     with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
         for name, each in tables.items():
-            tokenize(each.texts, tokenizer, config.data.max_length, step.advance).save(folder, name)
+            tokens = tokenize(
+                each.texts, tokenizer, keys.max_length, step.advance, windows=keys.windows, stride=keys.stride
+            )
+            tokens.save(folder, name)
             for column, texts in enumerate(each.texts):
                 Texts.of(texts).save(folder, f"{name}.{column}")
             np.save(folder / f"{name}.labels.npy", each.labels)
@@ -206,7 +224,9 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     meta = {
         "task": asdict(corpus.task),
         "validation": list(validation),
-        "max_length": config.data.max_length,
+        "max_length": keys.max_length,
+        "windows": keys.windows,
+        "stride": keys.stride,
         **_tokenizer_note(tokenizer),
     }
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
@@ -237,16 +257,19 @@ def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer of a model folder.
 
     Raises:
-        InputError: the folder has none that loads.
+        InputError: the folder has none that loads, or it has no padding piece.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")):
         raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or a vocabulary); save it beside the model")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files surface as many different kinds
         raise InputError(f"{folder}: no tokenizer loads from it ({type(error).__name__})") from None
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{folder}: its tokenizer has no padding piece; set pad_token (e.g. to eos_token) and save it")
+    return tokenizer
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> Split:

@@ -4,10 +4,14 @@ Knowledge distillation after Hinton et al. 2015 (https://arxiv.org/abs/1503.0253
 losses in `common.losses`, in token-budget batches. For a task that predicts a score, KL and cross-entropy become
 squared errors. Clients train with it on their own text, the server on public text; the steps are `begin`, `step` and
 `learn`.
+
+A batch may pass in parts, whose gradients are added up before the optimiser's step (Ott et al. 2018, section 3.2,
+https://arxiv.org/abs/1806.00187), each weighted so that the sum is the gradient of the whole batch. The word budgets
+are apart: ``token_budget`` says what the student learns from at once, ``micro_budget`` what is in memory at once.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import losses
-from common.batches import token_budget_batches
+from common.batches import cut, token_budget_batches
 from common.config import Config
 from common.dataset import Split
 from common.device import Compute
@@ -32,6 +36,7 @@ from common.tokens import Tokens
 
 PARTS = ("soft", "hard", "hidden", "cls", "relation")  # of the loss
 DEEP = PARTS[2:]  # need the teacher itself beside the student
+BY_PLACE = ("hidden", "relation")  # means over real positions; the others over examples
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
 
 
@@ -83,6 +88,8 @@ class Recipe:
     """How a student is trained, resolved for one round.
 
     Attributes:
+        token_budget: padded word pieces per optimiser step.
+        micro_budget: padded word pieces that pass at once; 0: the whole batch.
         weights: of the loss's `PARTS`.
         adaptive: where the teacher is wrong the weight of its output goes to the label.
         last_lr: the learning rate falls to this one over the steps; 0: it stays.
@@ -101,8 +108,10 @@ class Recipe:
     relation_pairs: Pairs
     relation_heads: int
     regression: bool
+    multi_label: bool = False
     proximal: float = 0.0
     last_lr: float = 0.0
+    micro_budget: int = 0
 
     @property
     def deep(self) -> bool:
@@ -116,22 +125,26 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples on their device.
+    """Examples on their device: a batch, or a part of one.
 
     Attributes:
-        inputs: the student's.
+        inputs: the student's, a row for each window of the examples.
         soft: (batch, num_labels) the teacher's logits.
-        hard: (batch,) labels, or None when they are not read.
+        hard: (batch,) labels, (batch, classes) for multi-label, or None when they are not read.
         taught: the teacher's inputs, for losses on inner states.
+        positions: at how many positions the inner states are compared.
         places: where the two are compared: (batch, positions) in the student's and in the teacher's inputs, and a
             mask of these; None: everywhere.
+        pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
     """
 
     inputs: dict[str, Tensor]
     soft: Tensor
     hard: Tensor | None
     taught: dict[str, Tensor]
+    positions: int
     places: tuple[Tensor, Tensor, Tensor] | None = None
+    pooling: Tensor | None = None
 
 
 @dataclass
@@ -173,6 +186,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         weight_decay=keys.weight_decay,
         clip_norm=keys.clip_norm,
         token_budget=keys.token_budget,
+        micro_budget=keys.micro_budget or keys.token_budget,
         temperature=distill.temperature,
         weights=weights,
         adaptive=distill.weighting == "adaptive",
@@ -181,6 +195,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         relation_pairs=pair_hidden_layers(distill.relation_layers, *layers),
         relation_heads=relation_heads(distill.relation_heads, shape, teacher),
         regression=regression,
+        multi_label=config.data.multi_label,
         proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
     )
 
@@ -232,39 +247,66 @@ def begin(
     return Learning(student, trained, start, pieces, totals)
 
 
-def step(state: Learning, batch: Batch, *, recipe: Recipe, compute: Compute, teacher: Any = None) -> None:
-    """One optimiser step on one batch; ``teacher`` is needed only for losses on inner states."""
-    parts = _parts(state, batch, recipe, compute, teacher)
-    loss = torch.stack([recipe.weights[name] * part for name, part in parts.items() if name in DEEP]).sum() + _outer(
-        parts["soft"], parts["hard"], batch, recipe
-    )
-    state.student.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def step(state: Learning, parts: Sequence[Batch], *, recipe: Recipe, compute: Compute, teacher: Any = None) -> None:
+    """One optimiser step on one batch, in its parts; ``teacher`` is needed only for losses on inner states."""
+    for found in set_gradients(state, parts, recipe=recipe, compute=compute, teacher=teacher):
+        state.totals += found
+    state.seen += sum(len(part.soft) for part in parts)
     if recipe.proximal > 0:
         pull_back(state, recipe.proximal)
     if recipe.clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
     state.student.optimizer.step()
-    size = len(batch.soft)
-    found = torch.stack([loss, *(parts[name].mean() for name in PARTS)])
-    state.totals += found.detach().double() * size
-    state.seen += size
 
 
-def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+def set_gradients(
+    state: Learning, parts: Sequence[Batch], *, recipe: Recipe, compute: Compute, teacher: Any = None
+) -> list[Tensor]:
+    """Set the gradients to those of the batch that the parts make up.
+
+    But for rounding they do not depend on how it is cut, unless the student has dropout: that is drawn part by part.
+
+    Returns:
+        Of each part what it adds to `Learning.totals`.
+    """
+    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
+    state.student.optimizer.zero_grad(set_to_none=True)
+    totals = []
+    for batch in parts:
+        # a mean over the batch is made of the parts' means, each by its share of what the mean is over
+        shares = {
+            name: batch.positions / positions if name in BY_PLACE else len(batch.soft) / examples for name in PARTS
+        }
+        weights = {name: recipe.weights[name] * share for name, share in shares.items()}
+        found = _parts(state, batch, recipe, compute, teacher)
+        loss = torch.stack([weights[name] * part for name, part in found.items() if name in DEEP]).sum() + _outer(
+            found["soft"], found["hard"], batch, recipe, weights
+        )
+        loss.backward()
+        told = torch.stack([loss, *(found[name].mean() for name in PARTS)]).detach().double()
+        totals.append(told * told.new_tensor([examples, *(examples * shares[name] for name in PARTS)]))
+    return totals
+
+
+def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
     """The loss on outputs from its two parts, each (batch,)."""
-    on_soft, on_hard = recipe.weights["soft"], recipe.weights["hard"]
+    on_soft, on_hard = weights["soft"], weights["hard"]
     if not recipe.adaptive:
         return on_soft * soft.mean() + on_hard * hard.mean()
     assert batch.hard is not None
-    trust = _trust(batch.soft, batch.hard, recipe.regression)
+    trust = _trust(batch.soft, batch.hard, recipe)
     return (on_soft * trust * soft + (on_hard + on_soft * (1.0 - trust)) * hard).mean()
 
 
-def _trust(soft: Tensor, hard: Tensor, regression: bool) -> Tensor:
-    """(batch,) how right the teacher is, from 0 to 1: its probability of the label; exp(-error^2) for a score."""
-    if regression:
+def _trust(soft: Tensor, hard: Tensor, recipe: Recipe) -> Tensor:
+    """(batch,) how right the teacher is, from 0 to 1: its probability of the label; exp(-error^2) for a score.
+
+    For multi-label its probability of what the label says of a class, mean over classes.
+    """
+    if recipe.regression:
         return torch.exp(-losses.score_error(soft, hard.float()))
+    if recipe.multi_label:
+        return torch.sigmoid(torch.where(hard > 0, soft, -soft)).mean(dim=-1)
     return torch.softmax(soft, dim=-1).gather(1, hard[:, None]).squeeze(1)
 
 
@@ -323,7 +365,9 @@ def learn(
             if recipe.last_lr:
                 passed = number / max(len(batches) - 1, 1)
                 student.optimizer.param_groups[0]["lr"] = recipe.lr + (recipe.last_lr - recipe.lr) * passed
-            step(state, batch_of(examples, places, recipe, compute), recipe=recipe, compute=compute, teacher=teacher)
+            parts = cut(places, lengths, recipe.micro_budget) if recipe.micro_budget else [places]
+            passing = [batch_of(examples, part, recipe, compute) for part in parts]
+            step(state, passing, recipe=recipe, compute=compute, teacher=teacher)
             advance(len(places))
     finally:
         restore(student)
@@ -340,22 +384,32 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
     # when they are not needed, labels are not even read: a client may have none
     hard = torch.from_numpy(np.asarray(data.labels[rows])).to(device) if recipe.labelled else None
     own, taught, compared = inputs(data.tokens), {}, None
+    pooling = data.tokens.pooling(rows)
+    positions = int(data.tokens.widths(data.tokens.windows(rows)[0]).sum())
     if recipe.deep and examples.taught is not None:
-        taught, compared = inputs(examples.taught), _aligned(data.tokens, examples.taught, rows, device)
+        taught = inputs(examples.taught)
+        compared, positions = _aligned(data.tokens, examples.taught, rows, device)
     elif recipe.deep:
         taught = own
-    return Batch(own, torch.from_numpy(examples.soft[places]).to(device), hard, taught, compared)
+    soft = torch.from_numpy(examples.soft[places]).to(device)
+    pooling = None if pooling is None else pooling.to(device)
+    return Batch(own, soft, hard, taught, positions, compared, pooling)
 
 
-def _aligned(own: Tokens, taught: Tokens, rows: NDArray[np.int64], device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the same words begin in both, as far as both hold them: a text cut short may end earlier in one."""
+def _aligned(
+    own: Tokens, taught: Tokens, rows: NDArray[np.int64], device: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Where the same words begin in both, as far as both hold them, and at how many places that is.
+
+    A text cut short may end earlier in one.
+    """
     pairs = [(a, b, min(len(a), len(b))) for a, b in zip(own.words(rows), taught.words(rows), strict=True)]
     shape = len(rows), max(size for *_, size in pairs)
     found = np.zeros((3, *shape), dtype=np.int64)
     for row, (a, b, size) in enumerate(pairs):
         found[0, row, :size], found[1, row, :size], found[2, row, :size] = a[:size], b[:size], 1
     first, second, mask = torch.from_numpy(found).to(device)
-    return first, second, mask
+    return (first, second, mask), sum(size for *_, size in pairs)
 
 
 # --- the parts of the loss -----------------------------------------------------------------------
@@ -369,7 +423,7 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     related = recipe.weights["relation"] > 0
     with compute.autocast(), _watched(state.student.model, [s for s, _ in recipe.relation_pairs] * related) as ours:
         output = state.student.model(**own, output_hidden_states=recipe.deep)
-    logits = output.logits.float()
+    logits = losses.pooled(output.logits, batch.pooling)
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)
     parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)
@@ -402,6 +456,9 @@ def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor,
     if recipe.regression:
         soft = losses.score_error(logits, batch.soft)
         return soft, torch.zeros_like(soft) if hard is None else losses.score_error(logits, hard.float())
+    if recipe.multi_label:
+        soft = losses.soft_multi_label(logits, batch.soft, recipe.temperature)
+        return soft, torch.zeros_like(soft) if hard is None else losses.hard_multi_label(logits, hard)
     soft = losses.soft_targets(logits, batch.soft, recipe.temperature)
     return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
 

@@ -21,6 +21,7 @@ class Family:
         embeddings: where everything lies that turns pieces into vectors.
         classifier: where the task's head lies.
         width: name of the feed-forward width in the configuration.
+        reads_last: the head reads the last piece that is not padding, so the configuration must know which that is.
     """
 
     layers: str
@@ -31,6 +32,7 @@ class Family:
     embeddings: tuple[str, ...]
     classifier: str = "classifier"
     width: str = "intermediate_size"
+    reads_last: bool = False
 
 
 def _encoder(name: str, embeddings: tuple[str, ...] = ("embeddings",)) -> Family:
@@ -66,6 +68,7 @@ FAMILIES = {
         embeddings=("transformer.wte", "transformer.wpe"),
         classifier="score",
         width="n_inner",
+        reads_last=True,
     ),
 }
 
@@ -102,6 +105,11 @@ def neuron_count(config: Any) -> int:
     """Width of the feed-forward network."""
     width = getattr(config, FAMILIES[config.model_type].width)
     return int(width if width is not None else 4 * config.hidden_size)
+
+
+def embedding_width(config: Any) -> int:
+    """Width of the word embedding; ELECTRA's may be narrower than its layers."""
+    return int(getattr(config, "embedding_size", config.hidden_size))
 
 
 def renumbered(state: Mapping[str, Any], family: Family, layers: tuple[int, ...]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from common.batches import token_budget_batches
 from common.device import Compute
 from common.distillation import Examples, Recipe, batch_of, output_losses
 from common.families import family_of, head_count, layers_of
+from common.losses import pooled
 from common.seeding import generator
 
 MOST = 256  # examples of a client that are looked at: an estimate
@@ -34,23 +35,21 @@ def importance(
     """
     rows = chosen(len(examples.rows), seed, client)
     lengths = examples.data.tokens.lengths(examples.rows[rows])
+    budget = min(recipe.token_budget, recipe.micro_budget or recipe.token_budget)
     totals: list[NDArray[np.float64]] = []
-    model.eval().requires_grad_(True)
-    try:
-        for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "importance", client, 1)):
-            batch = batch_of(examples, rows[places], recipe, compute)
-            with _gated(model) as gated, compute.autocast():
-                logits = model(**batch.inputs).logits.float()
-            soft, hard = output_losses(logits, batch, recipe)
-            loss = (recipe.weights["soft"] * soft + recipe.weights["hard"] * hard).sum()
-            grads = torch.autograd.grad(loss, gated)
-            sums = [
-                _per_gate(state, grad, model, place)
-                for place, (state, grad) in enumerate(zip(gated, grads, strict=True))
-            ]
-            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
-    finally:
-        model.requires_grad_(False)
+    model.eval()
+    for places in token_budget_batches(lengths, budget, generator(seed, "importance", client, 1)):
+        batch = batch_of(examples, rows[places], recipe, compute)
+        with _gated(model) as gated, compute.autocast():
+            logits = model(**batch.inputs).logits
+        soft, hard = output_losses(pooled(logits, batch.pooling), batch, recipe)
+        loss = (recipe.weights["soft"] * soft + recipe.weights["hard"] * hard).sum()
+        grads = torch.autograd.grad(loss, gated)
+        sums = [
+            _per_gate(state, grad, model, place, batch.pooling)
+            for place, (state, grad) in enumerate(zip(gated, grads, strict=True))
+        ]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     mean = [(total / len(rows)).astype(np.float32) for total in totals]
     return np.stack(mean[0::2]), np.stack(mean[1::2])
 
@@ -67,7 +66,8 @@ def _gated(model: Any) -> Iterator[list[Tensor]]:
     family = family_of(model)
 
     def note(module: Any, given: tuple[Tensor, ...]) -> None:
-        found.append(given[0])
+        # of frozen weights it has no gradient yet
+        found.append(given[0] if given[0].requires_grad else given[0].requires_grad_())
 
     products = [layer.get_submodule(path) for layer in layers_of(model) for path in (family.mix, family.down)]
     hooks = [product.register_forward_pre_hook(note) for product in products]
@@ -78,9 +78,11 @@ def _gated(model: Any) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _per_gate(state: Tensor, grad: Tensor, model: Any, place: int) -> NDArray[np.float64]:
-    """Summed absolute gradients of the gates on (batch, length, width): of heads, or one for each column."""
+def _per_gate(state: Tensor, grad: Tensor, model: Any, place: int, pooling: Tensor | None) -> NDArray[np.float64]:
+    """Summed absolute gradients of the gates on (windows, length, width): of heads, or one for each column."""
     product = (state.detach().float() * grad.float()).sum(dim=1)
+    if pooling is not None:  # a gate is an example's: it acts on all its windows
+        product = (pooling > 0).float() @ product
     if place % 2 == 0:
         product = product.unflatten(-1, (-1, int(model.config.hidden_size) // head_count(model.config))).sum(dim=-1)
     return product.abs().sum(dim=0).double().cpu().numpy()

@@ -1,8 +1,9 @@
 """Running a frozen model over examples so that an example's output does not depend on its company.
 
 A matrix kernel may round a row differently when the shape of the batch changes. So every forward pass has
-`ROWS` rows (short blocks are filled up by repeating a row) and a padded length that is a function of the
-example's own length alone: the same example gives the same bits in any batch, worker or process.
+`ROWS` rows (short blocks are filled up by repeating a row) and a padded length that is a function of the window's
+own length alone: the same window gives the same bits in any batch, worker or process. An example's windows are added
+in their order, so that its logits do too.
 """
 
 from collections.abc import Callable
@@ -37,21 +38,34 @@ def predict(
     model.set_attn_implementation("sdpa")  # training may have chosen another
     if not len(rows):
         return np.zeros((0, model.config.num_labels), dtype=np.float32)
-    widths = padded_lengths(tokens.lengths(rows))
+    windows, counts = tokens.windows(rows)
+    widths = padded_lengths(tokens.widths(windows))
+    last = np.zeros(len(windows), dtype=np.int64)
+    last[np.cumsum(counts) - 1] = 1
     result: NDArray[np.float32] | None = None
     limit = int(getattr(model.config, "max_position_embeddings", 512))
     for width in np.unique(widths):
         places = np.flatnonzero(widths == width)
         for start in range(0, len(places), ROWS):
             part = places[start : start + ROWS]
-            block = np.concatenate([rows[part], np.repeat(rows[part[:1]], ROWS - len(part))])
-            inputs = tokens.batch(block, min(int(width), limit))
+            block = np.concatenate([windows[part], np.repeat(windows[part[:1]], ROWS - len(part))])
+            inputs = tokens.window_batch(block, min(int(width), limit))
             inputs = {name: tensor.to(compute.device) for name, tensor in inputs.items()}
             with compute.autocast():
                 logits = model(**inputs).logits[: len(part)].float().cpu().numpy()
             if result is None:
-                result = np.empty((len(rows), logits.shape[1]), dtype=np.float32)
+                result = np.empty((len(windows), logits.shape[1]), dtype=np.float32)
             result[part] = logits
-            advance(len(part))
+            advance(int(last[part].sum()))
     assert result is not None
-    return result
+    return result if len(windows) == len(rows) else _mean(result, counts)
+
+
+def _mean(logits: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The mean of each example's windows, added one after the other: its bits do not depend on how many others have."""
+    first = np.cumsum(counts) - counts
+    total = logits[first]
+    for place in range(1, int(counts.max())):
+        more = np.flatnonzero(counts > place)
+        total[more] += logits[first[more] + place]
+    return np.asarray(total / counts[:, None].astype(np.float32))

@@ -1,13 +1,23 @@
 """Distillation losses, each with its formula and source. To add one, add a function and a key for its weight.
 
 Those on outputs give one number per example, (batch,), because examples may weigh differently; those on inner states
-give one number. A teacher and a student that cut text into different pieces are compared word by word, at each word's
-first piece: `common.distillation` gathers these before it calls.
+give one number, and take the windows of an example that has several as examples. A teacher and a student that cut text
+into different pieces are compared word by word, at each word's first piece: `common.distillation` gathers these before
+it calls.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def pooled(logits: Tensor, pooling: Tensor | None) -> Tensor:
+    """(examples, classes) float32: the mean over each example's windows, see `common.tokens.Tokens.pooling`.
+
+    Args:
+        logits: (windows, classes).
+    """
+    return logits.float() if pooling is None else pooling @ logits.float()
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -27,6 +37,27 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 def hard_labels(student: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of (batch, classes) logits with (batch,) int64 classes."""
     return F.cross_entropy(student, labels, reduction="none")
+
+
+def soft_multi_label(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * mean over classes of KL(Bernoulli(p) || Bernoulli(q)), p = sigmoid(teacher / T), q = sigmoid(student / T).
+
+    For examples that have any number of the classes: each class is a question of its own, with the two answers
+    distilled as `soft_targets` distils many. Yang et al. 2023 (https://arxiv.org/abs/2308.06453), with
+    the factor of Hinton et al. and, as in `hard_multi_label`, the mean over classes for their sum.
+
+    Args:
+        student, teacher: (batch, classes) logits.
+    """
+    own, other = student / temperature, teacher / temperature
+    yes, no = torch.sigmoid(other), torch.sigmoid(-other)
+    distance = yes * (F.logsigmoid(other) - F.logsigmoid(own)) + no * (F.logsigmoid(-other) - F.logsigmoid(-own))
+    return distance.mean(dim=-1) * temperature**2
+
+
+def hard_multi_label(student: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of (batch, classes) logits with labels of 0 and 1, mean over classes."""
+    return F.binary_cross_entropy_with_logits(student, labels.to(student.dtype), reduction="none").mean(dim=-1)
 
 
 def score_error(student: Tensor, target: Tensor) -> Tensor:

@@ -13,6 +13,14 @@ p = column sums, n = sum of C and c = trace of C:
     f1_macro  mean over all K classes of 2 Ckk / (tk + pk); a class that never occurs counts as 0
     matthews  (c n - t.p) / sqrt((n^2 - p.p) (n^2 - t.t)), Gorodkin's R_K; 0 where that is 0 / 0
 
+Several classes at once (multi-label: an example has any number of the K classes, and a class is predicted where its
+logit is above 0, its probability above a half): the vector is [exact, counts]. ``exact`` counts the examples with every
+class right; ``counts`` are for each class tp, fp, fn, tn, which add up to n.
+
+    f1_micro         2 TP / (2 TP + FP + FN) of the counts added over the classes
+    f1_macro         mean over all K classes of 2 tp / (2 tp + fp + fn); a class that never occurs counts as 0
+    subset_accuracy  exact / n
+
 Regression (one output x, one label y): the vector is [n, sums, histogram, ties].
 
     sums       of x, y, xx, yy, xy on a fixed grid, exact integers in LIMBS int64 limbs of 32 bits each
@@ -35,6 +43,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews")
+MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
 REGRESSION_METRICS = ("pearson", "spearman")
 
 PREDICTION_BINS = 512
@@ -66,8 +75,10 @@ class ScoreSpec:
     """What is scored.
 
     num_labels: number of classes, or 1 where the model predicts a score (regression).
-    metrics: from `CLASS_METRICS`, or `REGRESSION_METRICS` where num_labels is 1; the first is the headline.
+    metrics: from `CLASS_METRICS`, `MULTI_LABEL_METRICS` where multi_label, or `REGRESSION_METRICS` where num_labels
+        is 1; the first is the headline.
     label_range: lowest and highest label; read for regression only.
+    multi_label: whether an example has any number of the classes.
 
     Raises ValueError for a combination that has no meaning.
     """
@@ -75,13 +86,17 @@ class ScoreSpec:
     num_labels: int
     metrics: tuple[str, ...]
     label_range: tuple[float, float] = (0.0, 5.0)
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 (a score) or the number of classes")
         if not self.metrics or len(set(self.metrics)) != len(self.metrics):
             raise ValueError(f"metrics is {self.metrics!r}; name at least one, and each once")
-        allowed = REGRESSION_METRICS if self.num_labels == 1 else CLASS_METRICS
+        if self.multi_label and self.num_labels == 1:
+            raise ValueError("num_labels is 1; multi_label needs at least 2 classes")
+        several = MULTI_LABEL_METRICS if self.multi_label else CLASS_METRICS
+        allowed = REGRESSION_METRICS if self.num_labels == 1 else several
         for name in self.metrics:
             if name not in allowed:
                 raise ValueError(f"metric {name!r} does not go with num_labels={self.num_labels}: use {allowed}")
@@ -93,7 +108,9 @@ class ScoreSpec:
 
 
 def statistics_length(spec: ScoreSpec) -> int:
-    """Number of int64 in a vector of `tally`: K x K for K classes, one constant for every regression."""
+    """Number of int64 in a vector of `tally`: K x K for K classes, 1 + 4 K for multi-label, else one constant."""
+    if spec.multi_label:
+        return 1 + 4 * spec.num_labels
     return _TIES.stop if spec.num_labels == 1 else spec.num_labels**2
 
 
@@ -102,7 +119,8 @@ def tally(spec: ScoreSpec, predictions: ArrayLike, labels: ArrayLike) -> NDArray
 
     predictions: logits (n, num_labels), of which the largest (the first of equals) is the predicted class; or
         scores (n,) or (n, 1) for regression. n may be 0.
-    labels: (n,), whole numbers 0 .. num_labels - 1, or for regression numbers within label_range.
+    labels: (n,), whole numbers 0 .. num_labels - 1, or for regression numbers within label_range; for multi-label
+        (n, num_labels) of 0 and 1.
 
     Raises ValueError where a shape or a value is not so, where a prediction is NaN or infinite, and for a
     score too far off for the grid. No message shows a value, since the data is private.
@@ -110,14 +128,16 @@ def tally(spec: ScoreSpec, predictions: ArrayLike, labels: ArrayLike) -> NDArray
     outputs, targets = _numbers("predictions", predictions), _numbers("labels", labels)
     if spec.num_labels == 1 and outputs.ndim == 2 and outputs.shape[1] == 1:
         outputs = outputs[:, 0]
-    expected = targets.shape if spec.num_labels == 1 else (*targets.shape, spec.num_labels)
-    if targets.ndim != 1 or outputs.shape != expected:
+    expected = targets.shape if spec.num_labels == 1 else (*targets.shape[:1], spec.num_labels)
+    if outputs.shape != expected or targets.shape != (expected if spec.multi_label else expected[:1]):
         raise ValueError(
             f"predictions of shape {outputs.shape} do not go with labels of shape {targets.shape} "
             f"for num_labels={spec.num_labels}"
         )
     if spec.num_labels == 1:
         return _tally_scores(spec, outputs, targets)
+    if spec.multi_label:
+        return _tally_multi_label(outputs, targets)
     return _tally_classes(spec, outputs, targets)
 
 
@@ -130,7 +150,12 @@ def scores(spec: ScoreSpec, statistics: NDArray[np.int64]) -> dict[str, float]:
     """
     check_statistics(spec, statistics)
     values: dict[str, float] = {}
-    if spec.num_labels > 1:
+    if spec.multi_label:
+        exact, *counts = statistics.tolist()
+        n = sum(counts[:4])
+        for name in spec.metrics:
+            values[name] = _multi_label_score(name, exact, counts) if n else math.nan
+    elif spec.num_labels > 1:
         confusion = statistics.reshape(spec.num_labels, spec.num_labels).tolist()
         n = sum(map(sum, confusion))
         for name in spec.metrics:
@@ -160,6 +185,9 @@ def check_statistics(spec: ScoreSpec, statistics: NDArray[np.int64]) -> None:
         raise ValueError(f"statistics have shape {statistics.shape}, expected ({statistics_length(spec)},)")
     if spec.num_labels == 1:
         _check_regression(statistics)
+        return
+    if spec.multi_label:
+        _check_multi_label(statistics)
         return
     if statistics.min() < 0:
         raise ValueError("statistics: a count of the confusion matrix is negative")
@@ -203,6 +231,43 @@ def _class_score(name: str, confusion: list[list[int]]) -> float:
         return _correlation(covariance, n * n - _dot(predicted, predicted), n * n - _dot(labelled, labelled), 0.0)
     f1 = [2 * h / (t + p) if t + p else 0.0 for h, t, p in zip(hits, labelled, predicted, strict=True)]
     return f1[1] if name == "f1" else math.fsum(f1) / len(f1)
+
+
+# Several classes at once
+
+
+def _tally_multi_label(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.int64]:
+    if ((labels != 0) & (labels != 1)).any():
+        raise ValueError("labels must be 0 or 1 for each class")
+    there, said = labels == 1, logits > 0
+    counts = [part.sum(axis=0) for part in (there & said, ~there & said, there & ~said, ~there & ~said)]
+    exact = (there == said).all(axis=1).sum()
+    return np.concatenate([[exact], np.stack(counts, axis=1).reshape(-1)]).astype(np.int64)
+
+
+def _multi_label_score(name: str, exact: int, counts: list[int]) -> float:
+    """One score of at least one example, from tp, fp, fn, tn of each class in turn."""
+    if name == "subset_accuracy":
+        return exact / sum(counts[:4])
+    hits, wrong, missed = counts[0::4], counts[1::4], counts[2::4]
+    if name == "f1_micro":
+        hits, wrong, missed = [sum(hits)], [sum(wrong)], [sum(missed)]
+    f1 = [2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0 for tp, fp, fn in zip(hits, wrong, missed, strict=True)]
+    return math.fsum(f1) / len(f1)
+
+
+def _check_multi_label(statistics: NDArray[np.int64]) -> None:
+    exact, *counts = statistics.tolist()
+    if min(exact, *counts) < 0:
+        raise ValueError("statistics: a count of the classes is negative")
+    totals = {sum(counts[start : start + 4]) for start in range(0, len(counts), 4)}
+    n = max(totals)
+    if len(totals) > 1 or n > MAX_EXAMPLES:
+        raise ValueError(f"statistics: the classes do not all count the same examples, at most {MAX_EXAMPLES}")
+    errors = [fp + fn for fp, fn in zip(counts[1::4], counts[2::4], strict=True)]
+    # an example with an error is not exact; each error can spoil one more example at most
+    if not n - sum(errors) <= exact <= n - max(errors):
+        raise ValueError("statistics: no examples with these counts have that many classes all right")
 
 
 # Regression: exact moments

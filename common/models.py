@@ -11,7 +11,8 @@ from common.families import is_embedding
 
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
-    "dropout", "attention_dropout", "seq_classif_dropout", "summary_last_dropout",
+    "dropout", "attention_dropout", "seq_classif_dropout", "summary_last_dropout", "summary_first_dropout",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop",
 )  # fmt: skip
 
 

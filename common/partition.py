@@ -239,7 +239,13 @@ def _natural(table: Table, rows: Index, keys: DataKeys) -> tuple[Index, int]:
 
 
 def _partition_classes(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """What Dirichlet and shard cuts skew: the class, the whole part of a score, -1 for unlabelled."""
+    """What Dirichlet and shard cuts skew: the class, the whole part of a score, -1 for unlabelled.
+
+    Of several classes the first in label order; no class is a class of its own.
+    """
+    if labels.ndim == 2:
+        most = labels.max(axis=1)
+        return np.where(most > 0, labels.argmax(axis=1), np.where(most < 0, -1, labels.shape[1])).astype(np.int64)
     if labels.dtype.kind != "f":
         return labels.astype(np.int64)
     return np.where(np.isnan(labels), -1, np.minimum(np.floor(np.nan_to_num(labels)), 4)).astype(np.int64)

@@ -160,10 +160,7 @@ def build(config: Any, shape: Shape) -> Any:
     student = _plain(config)
     narrow(student, [range(len(kept)) for kept in shape.heads], [range(len(kept)) for kept in shape.neurons])
     if shape.rank:
-        words = student.get_input_embeddings()
-        student.set_input_embeddings(
-            FactoredEmbedding(words.num_embeddings, shape.rank, words.embedding_dim, words.padding_idx)
-        )
+        student.set_input_embeddings(_factors(student.get_input_embeddings(), shape.rank))
     return student
 
 
@@ -178,9 +175,8 @@ def _keep_pieces(student: Any, pieces: Sequence[int]) -> None:
     words, config = student.get_input_embeddings(), student.config
     number = {piece: place for place, piece in enumerate(pieces)}
     padding = None if words.padding_idx is None else number[words.padding_idx]
-    kept = nn.Embedding(len(pieces), words.embedding_dim, padding)
-    kept.weight = nn.Parameter(words.weight.detach()[torch.tensor(pieces)])
-    student.set_input_embeddings(kept)
+    rows = words.weight.detach()[torch.tensor(pieces)]
+    student.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=padding))
     config.vocab_size = len(pieces)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id"):
         if getattr(config, name, None) is not None:
@@ -191,11 +187,17 @@ def _factor(student: Any, rank: int) -> None:
     """Replace the word embedding by its best approximation of this rank (Eckart and Young 1936)."""
     words = student.get_input_embeddings()
     left, sizes, right = torch.linalg.svd(words.weight.detach().double(), full_matrices=False)
-    factors = FactoredEmbedding(words.num_embeddings, rank, words.embedding_dim, words.padding_idx)
+    factors = _factors(words, rank)
     with torch.no_grad():
         factors.weight.copy_(left[:, :rank] * sizes[:rank])
         factors.project.weight.copy_(right[:rank].T)
     student.set_input_embeddings(factors)
+
+
+def _factors(words: nn.Embedding, rank: int) -> FactoredEmbedding:
+    """In the place of this word embedding, with weights to be overwritten."""
+    with torch.random.fork_rng(devices=[]):
+        return FactoredEmbedding(words.num_embeddings, rank, words.embedding_dim, words.padding_idx)
 
 
 # --- products: torch's Linear keeps (outputs, inputs), GPT-2's Conv1D (inputs, outputs) -----------

@@ -6,7 +6,7 @@ hub's ``nyu-mll/glue``. To add a task, add one line to `GLUE`.
 
 from dataclasses import dataclass
 
-from common.metrics import ScoreSpec
+from common.metrics import MULTI_LABEL_METRICS, ScoreSpec
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Task:
         labels: class names in label order; empty when a score is predicted (STS-B).
         metrics: the metrics reported; the first is the headline.
         validation: split names of the public validation sets, the headline one first.
+        multi_label: whether an example has any number of the labels.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     validation: tuple[str, ...] = ("validation",)
     label_column: str = "label"
+    multi_label: bool = False
 
     @property
     def regression(self) -> bool:
@@ -43,7 +45,7 @@ class Task:
 
     @property
     def score_spec(self) -> ScoreSpec:
-        return ScoreSpec(num_labels=self.num_labels, metrics=self.metrics)
+        return ScoreSpec(num_labels=self.num_labels, metrics=self.metrics, multi_label=self.multi_label)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -72,7 +74,7 @@ GLUE = {
 TOY = Task("toy", ("sentence",), ("negative", "positive"))
 
 
-def text_task(text_columns: tuple[str, ...], labels: tuple[str, ...], label_column: str) -> Task:
+def text_task(text_columns: tuple[str, ...], labels: tuple[str, ...], label_column: str, multi_label: bool) -> Task:
     """The task of a user's own file, with any number of classes."""
-    metrics = ("accuracy", "f1_macro", "matthews")
-    return Task("text", text_columns, labels, metrics, label_column=label_column)
+    metrics = MULTI_LABEL_METRICS if multi_label else ("accuracy", "f1_macro", "matthews")
+    return Task("text", text_columns, labels, metrics, label_column=label_column, multi_label=multi_label)

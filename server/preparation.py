@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.dataset import FederatedDataset
 from common.device import Compute
+from common.distillation import DEEP
 from common.errors import InputError
 from common.models import choose_layers, freeze_embeddings, pair_hidden_layers
 from common.progress import Progress
@@ -77,6 +78,7 @@ def prepare(config: Config, progress: Progress) -> Federation:
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     for pairs in (config.distill.hidden_layers, config.distill.relation_layers):
         pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers))
+    check_windows(config)
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
     pupil.model.to(lesson.compute.device)
@@ -96,3 +98,14 @@ def mentor_layers(config: Config, have: int) -> int:
     if asked > have:
         raise InputError(f"client.mentor-layers = {asked}: the teacher has {have} layers; give at most that, or 0")
     return asked
+
+
+def check_windows(config: Config) -> None:
+    """Raise `InputError` where inner states of windows would be compared that hold other parts of a text."""
+    weights = [f"{part}-weight" for part in DEEP if getattr(config.distill, f"{part}_weight") > 0]
+    trimmed = [key for key in ("vocabulary", "target-ratio") if getattr(config.student, key.replace("-", "_"))]
+    if config.data.windows > 1 and weights and trimmed:
+        raise InputError(
+            f"data.windows = {config.data.windows}: with student.{trimmed[0]} the student may cut a text into other "
+            f"windows than the teacher, and distill.{weights[0]} compares them; set that to 0, or give 1"
+        )

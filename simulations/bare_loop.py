@@ -23,6 +23,7 @@ from common.config import Config
 from common.dataset import open_dataset
 from common.device import choose_compute
 from common.errors import RunFailed
+from common.losses import pooled
 from common.models import set_training
 from common.seeding import generator
 from common.store import cache_folder
@@ -121,7 +122,8 @@ class Loop:
             rng = generator(self.config.seed, "batches", ROUND, client, epoch)
             for places in token_budget_batches(lengths, keys.token_budget, rng)[:batches]:
                 with self.compute.autocast():
-                    logits = self.model(**tokens.batch(rows[places])).logits.float()
+                    logits = self.model(**tokens.batch(rows[places])).logits
+                logits = pooled(logits, tokens.pooling(rows[places]))
                 hard = torch.from_numpy(labels[rows[places]])
                 loss = distillation_loss(logits, soft[places], hard, self.config)
                 optimizer.zero_grad()

@@ -60,6 +60,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     | {"student.train-embeddings": False},
 }
 PLAIN = {  # what the loops do; with another value an arm would not do the same work
+    "data.multi-label": False,
     "distill.hidden-weight": 0.0,
     "student.dropout": 0.0,
     "server.strategy": "fedavg",

@@ -77,11 +77,78 @@ def teacher(
 
 
 @app.command()
+def ceiling(
+    out: Annotated[Path, typer.Option(help="folder for its summary.json")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Fine-tune the teacher's encoder centrally on all train text, as no federation could, and score it."""
+    keys = load_config(config, settings or [])
+    from simulations.ceiling import save_ceiling
+
+    save_ceiling(keys, out)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="keys, seeds, tasks, ceiling, [arms.NAME]")],
+    settings: Settings = None,
+    *,
+    out: Annotated[Path, typer.Option(help="folder for all runs")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the sweep in --out")] = False,
+) -> None:
+    """Run what a sweep file lists, each run in a process of its own, and compare the arms."""
+    from simulations.sweep import sweep as run
+    from simulations.sweep_file import read_sweep
+
+    run(read_sweep(file, settings or []), out, resume=resume)
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run folders")]) -> None:
+    """Show runs side by side: the keys in which they differ, scores, what is kept, sizes, costs."""
+    from simulations.compare import compare as show
+
+    show(runs)
+
+
+@app.command()
+def glue(
+    settings: Settings = None,
+    *,
+    data: Annotated[str, typer.Option(help="folder laid out like nyu-mll/glue; none: the hub")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds, from 0")] = 3,
+    out: Annotated[Path, typer.Option(help="folder for all runs")],
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the runs in --out")] = False,
+) -> None:
+    """Run GLUE's tasks and show what teacher, student and ceiling score, beside DistilBERT's published figures."""
+    from simulations.glue import glue as run
+
+    run(settings or [], data, seeds, out, resume=resume)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     """Write RUN/report.html again, from what the run folder holds."""
     from server.report import write_report
 
     typer.echo(write_report(run))
+
+
+@app.command()
+def provision(
+    profiles: Annotated[Path, typer.Argument(metavar="PROFILES.toml", help="a table for each device")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+    *,
+    probed: Annotated[bool, typer.Option("--probe", help="also measure this machine, as the device `this`")] = False,
+    out: Annotated[Path | None, typer.Option(help="also write all figures to this JSON file")] = None,
+) -> None:
+    """Which student each device of a file gets, and why not a larger one."""
+    keys = load_config(config, settings or [])
+    from simulations.provision import provision as run
+
+    run(keys, profiles, probed=probed, out=out)
 
 
 @app.command()

@@ -1,40 +1,121 @@
-"""The table at the end of a run."""
+"""Every table that the program shows: a sheet of text, drawn for a terminal or written as Markdown."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+Row = tuple[str, ...]
+NAME_WIDTH = 12  # characters that the first column keeps in a narrow terminal
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as text.
+
+    Attributes:
+        head: the columns' names; the first column is the rows' names.
+        sections: groups of rows, with space between them.
+        notes: lines under the table.
+        width: characters at which what stands in the other columns folds; 0: it does not.
+    """
+
+    title: str
+    head: Row
+    sections: Sequence[Sequence[Row]]
+    notes: Sequence[str] = ()
+    width: int = 0
+
+
+def show(console: Console, sheet: Sheet) -> None:
+    """Print a table and its notes."""
+    console.print(drawn(sheet), crop=False)
+    for note in sheet.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def drawn(sheet: Sheet) -> Table:
+    """The sheet for a terminal. Names in the first column give way when it is narrow, figures never."""
+    table = Table(
+        title=Text(sheet.title, style="bold"), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )  # fmt: skip
+    columns = list(zip(sheet.head, *(row for rows in sheet.sections for row in rows), strict=True))
+    table.add_column(Text(sheet.head[0]), overflow="fold", vertical="bottom", min_width=NAME_WIDTH)
+    for column in columns[1:]:
+        widest = max(map(len, column))
+        table.add_column(
+            Text(column[0]), justify="right", overflow="fold", no_wrap=not sheet.width,
+            min_width=None if sheet.width else widest, max_width=sheet.width or None,
+        )  # fmt: skip
+    for rows in sheet.sections:
+        for row in rows:
+            table.add_row(*map(Text, row))
+        table.add_section()
+    return table
+
+
+def markdown(sheet: Sheet) -> str:
+    """The sheet as a Markdown table, for a README."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+
+    ruler = ["---", *["---:"] * (len(sheet.head) - 1)]
+    rows = [line(row) for section in sheet.sections for row in section]
+    notes = ["", *("\n".join(sheet.notes),)] if sheet.notes else []
+    return "\n".join([f"**{sheet.title}**", "", line(sheet.head), line(ruler), *rows, *notes]) + "\n"
 
 
 def result_table(summary: dict[str, Any]) -> Table:
     """Teacher against student, from a run's summary; fits 80 columns."""
     teacher, student, cost = summary["teacher"], summary["student"], summary["cost"]
-    table = Table(title=f"{summary['task']}: {summary['status']} after {summary['rounds']} rounds", title_style="bold")
-    for name, side in (("", "left"), ("teacher", "right"), ("student", "right"), ("student / teacher", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    scores: list[Row] = []
     for where, label in (("federated", "held by the clients"), ("validation", "public validation")):
-        for metric, score in student[where].items():
+        for metric, value in student[where].items():
             if metric in ("n", "spearman_bound"):
                 continue
             bound = student[where].get("spearman_bound") if metric == "spearman" else None
             below = teacher[where].get(metric)
-            text = f"{_score(score)} ±{bound:.0e}" if bound else _score(score)
-            table.add_row(f"{metric}, {label}", _score(below), text, _share(score, below))
-    table.add_row("parameters", f"{teacher['params']:,}", f"{student['params']:,}", f"{student['params_ratio']:.1%}")
-    table.add_section()
-    table.add_row("time", "", f"{cost['wall_s']:.0f} s", "")
-    table.add_row("training", "", f"{cost['train_s']:.0f} s", f"{cost['examples_per_s']:.0f} examples/s")
-    table.add_row("bytes", "", f"{cost['bytes_down'] / 1e6:.0f} MB down", f"{cost['bytes_up'] / 1e6:.0f} MB up")
+            text = f"{score(value)} ±{bound:.0e}" if bound else score(value)
+            scores.append((f"{metric}, {label}", score(below), text, percent(share(value, below))))
+    size = ("parameters", f"{teacher['params']:,}", f"{student['params']:,}", percent(student["params_ratio"]))
+    costs = [
+        ("time", "", f"{cost['wall_s']:.0f} s", ""),
+        ("training", "", f"{cost['train_s']:.0f} s", f"{cost['examples_per_s']:.0f} examples/s"),
+        ("bytes", "", f"{cost['bytes_down'] / 1e6:.0f} MB down", f"{cost['bytes_up'] / 1e6:.0f} MB up"),
+    ]
     faults = {name: count for name, count in summary["faults"].items() if count}
     if faults:
-        table.add_row("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), "")
-    return table
+        costs.append(("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), ""))
+    title = f"{summary['task']}: {summary['status']} after {summary['rounds']} rounds"
+    return drawn(Sheet(title, ("", "teacher", "student", "student / teacher"), [[*scores, size], costs]))
 
 
-def _score(value: float | None) -> str:
+def share(above: float | None, below: float | None) -> float | None:
+    """One score over another; None where it means nothing: one is undefined, or the lower one is not above 0."""
+    if above is None or below is None or math.isnan(above) or not below > 0:
+        return None
+    return above / below
+
+
+def score(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
-def _share(above: float | None, below: float | None) -> str:
-    share = math.nan if above is None or below is None or below <= 0 else above / below
-    return "-" if math.isnan(share) else f"{share:.1%}"
+def percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def figure(value: float | None) -> str:
+    """A number in four characters, up to 9999."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def points(value: float | None) -> str:
+    """A score of at most 1 in the hundredths that GLUE's tables use."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -25,6 +25,7 @@ from flwr.simulation import run_simulation
 from common.config import Config, from_flat
 from common.dataset import FederatedDataset, open_dataset
 from common.errors import Interrupted, RunFailed, place_of
+from common.losses import pooled
 from common.models import load_teacher
 from common.seeding import generator
 from common.store import cache_folder
@@ -104,10 +105,10 @@ def _train(resident: _Resident, weights: dict[str, torch.Tensor], client: int, b
         order = generator(config.seed, "usual", client, epoch).permutation(len(rows))
         starts = range(0, len(rows), BATCH)[:batches]
         for batch in (rows[order[start : start + BATCH]] for start in starts):
-            inputs = data.tokens.batch(batch)
+            inputs, pooling = data.tokens.batch(batch), data.tokens.pooling(batch)
             with torch.no_grad():
-                soft = resident.teacher(**inputs).logits
-            logits = student(**inputs).logits
+                soft = pooled(resident.teacher(**inputs).logits, pooling)
+            logits = pooled(student(**inputs).logits, pooling)
             loss = distillation_loss(logits, soft, torch.from_numpy(data.labels[batch]), config)
             optimizer.zero_grad()
             loss.backward()

@@ -13,7 +13,12 @@ import torch
 from common.config import Config, from_flat
 from common.dataset import FederatedDataset, load_tokenizer, prepare_dataset
 from common.device import Compute
+from common.hashing import hash_json, hash_tensors
+from common.models import load_teacher
 from common.progress import Silent
+from common.pupil import open_pupil, save_pupil
+from common.slim import Shape, cut_student
+from common.store import build_folder, cache_folder
 from common.tokens import Tokens, tokenize
 
 # both are read when a library of the hub is imported
@@ -31,18 +36,19 @@ WORDS = [*_SOME.split(), *_OTHERS.split(), *_LAST.split()]
 
 
 def make_tokenizer(folder: Path, family: str = "bert") -> None:
-    """A small word-piece (BERT-like) or byte-level (RoBERTa) tokenizer, saved as transformers saves it."""
+    """A small word-piece (BERT-like) or byte-level (RoBERTa, GPT-2) tokenizer, saved as transformers saves it."""
     letters = [chr(c) for c in range(97, 123)] + list("0123456789.,!?'-")
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters), *WORDS]
-    if family == "roberta":
+    if family in ("roberta", "gpt2"):
         from tokenizers import ByteLevelBPETokenizer
-        from transformers import RobertaTokenizerFast
+        from transformers import GPT2TokenizerFast, RobertaTokenizerFast
 
         raw = ByteLevelBPETokenizer()
-        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if family == "roberta" else ["<|endoftext|>", "<pad>"]
         raw.train_from_iterator([" ".join(WORDS)] * 5, vocab_size=400, special_tokens=specials)
         raw.save(str(folder / "raw.json"))
-        RobertaTokenizerFast(tokenizer_file=str(folder / "raw.json")).save_pretrained(folder)
+        kind, given = (RobertaTokenizerFast, {}) if family == "roberta" else (GPT2TokenizerFast, {"pad_token": "<pad>"})
+        kind(tokenizer_file=str(folder / "raw.json"), **given).save_pretrained(folder)
         (folder / "raw.json").unlink()
         return
     from transformers import BertTokenizerFast, DistilBertTokenizerFast, ElectraTokenizerFast
@@ -66,18 +72,42 @@ def make_teacher(folder: Path, family: str = "bert", labels: int = 2, layers: in
         "roberta": lambda: hf.RobertaConfig(**{**small, "max_position_embeddings": 68}, **usual, type_vocab_size=1),
         "electra": lambda: hf.ElectraConfig(**small, **usual, embedding_size=8),
         "distilbert": lambda: hf.DistilBertConfig(**small, dim=16, n_layers=layers, n_heads=2, hidden_dim=32),
-    }[family]()
+        "gpt2": lambda: hf.GPT2Config(**small, n_embd=16, n_layer=layers, n_head=2, pad_token_id=1, bos_token_id=0,
+                                      eos_token_id=0),
+    }[family]()  # fmt: skip
     torch.manual_seed(seed)
     if labels:
         model = hf.AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():  # a random head says nothing: make logits differ between examples
             for name, parameter in model.named_parameters():
-                if name.startswith("classifier"):
+                if name.startswith(("classifier", "score")):
                     parameter.mul_(20.0)
     else:
         model = hf.AutoModel.from_config(config)
     model.save_pretrained(folder)
     return folder
+
+
+def make_student(teacher: Any, layers: tuple[int, ...], **given: Any) -> Any:
+    """A student that keeps all of these layers of its teacher."""
+    return cut_student(teacher, Shape.whole(teacher.config, layers), **given)
+
+
+def make_needs(teacher: Path, data: FederatedDataset, layers: tuple[int, ...]) -> dict[str, str]:
+    """What a worker is made of: the teacher, the data, and a student of these layers that lies in the cache."""
+    model, digest = load_teacher(teacher), hash_tensors(load_teacher(teacher).state_dict())
+    folder = cache_folder() / "students" / hash_json([digest, layers])
+    with build_folder(folder) as draft:
+        if draft is not None:
+            load_tokenizer(teacher).save_pretrained(draft)
+            save_pupil(make_student(model, layers), Shape.whole(model.config, layers), draft, own_pieces=False)
+    return {
+        "teacher": str(teacher),
+        "teacher_hash": digest,
+        "dataset": data.key,
+        "student": folder.name,
+        "student_hash": open_pupil(folder, data, cache_folder()).hash,
+    }
 
 
 def make_sentences(count: int, seed: int = 0, longest: int = 12) -> list[str]:

@@ -10,9 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app
 from common.errors import InputError
-from common.hashing import hash_tensors
 from common.metrics import check_statistics, scores, statistics_length
-from common.models import load_teacher
 from common.store import cache_folder
 from common.wire import (
     Instruction,
@@ -24,7 +22,7 @@ from common.wire import (
     unpack_sums,
     unpack_update,
 )
-from tests.conftest import make_dataset, make_reviews
+from tests.conftest import make_dataset, make_needs, make_reviews
 
 CLIENTS = (0, 1, 2)
 
@@ -41,15 +39,15 @@ def _inside_an_app(monkeypatch):
 def prepared(tiny_teacher, tmp_path_factory):
     reviews = make_reviews(tmp_path_factory.mktemp("reviews") / "reviews.csv")
     config, data = make_dataset(reviews, tiny_teacher, cache_folder(), student__layers=2)
-    return config, data, tiny_teacher, hash_tensors(load_teacher(tiny_teacher).state_dict())
+    return config, data, make_needs(tiny_teacher, data, (0, 3))
 
 
 def instruction(prepared, board="", clients=CLIENTS, **keys):
-    config, data, folder, digest = prepared
+    config, _, needs = prepared
     flat = config.flat() | {name.replace("__", "."): value for name, value in keys.items()}
     nothing = tuple(0 for _ in clients)
-    where = (str(folder), digest, data.key, str(board), socket.gethostname())
-    return Instruction("0" * 16, 1, json.dumps(flat), clients, nothing, *where)
+    where = {"scoreboard": str(board), "host": socket.gethostname()}
+    return Instruction("0" * 16, 1, json.dumps(flat), clients, nothing, **needs, **where)
 
 
 def shapes(asked):
@@ -72,12 +70,19 @@ def failure(call):
 
 
 def test_an_answer_to_each_kind_of_message_is_one_that_the_server_takes(prepared):
-    asked, (_, data, _, _) = instruction(prepared), prepared
+    asked, (_, data, _) = instruction(prepared), prepared
     taught = app.teach(message(asked, "query.teach"), None).content
     assert unpack_sums(taught, {}) == {}
     assert [line.examples for line in unpack_lines(taught, frozenset(CLIENTS))] == [
         len(data.shard(client)) for client in CLIENTS
     ]
+    weighed = app.weigh(message(asked, "query.weigh"), None).content
+    worker = app._worker(asked)
+    parts = unpack_update(weighed, {"heads": (2, 2), "neurons": (2, 32)})
+    assert all(total.min() >= 0 and total.any() for total in parts.values())
+    lines = unpack_lines(weighed, frozenset(CLIENTS))
+    assert [line.examples for line in lines] == data.train_sizes.tolist()
+    assert app._worker(asked) is worker
     trained = app.train(message(asked), None).content
     assert set(unpack_update(trained, shapes(asked))) == set(shapes(asked))
     lines = unpack_lines(trained, frozenset(CLIENTS))
@@ -132,7 +137,7 @@ def test_a_worker_stays_as_long_as_its_run_lasts(prepared):
 # --- the board on which a display sees who is done ----------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["query.teach", "train", "evaluate"])
+@pytest.mark.parametrize("kind", ["query.teach", "query.weigh", "train", "evaluate"])
 def test_each_finished_client_adds_a_byte_to_the_board(prepared, tmp_path, kind):
     board = tmp_path / "board"
     board.write_bytes(b"....")

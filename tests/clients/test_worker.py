@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import clients.worker as module
-from clients.distillation import TrainingShard, distil, make_recipe
+from clients.distillation import distil
 from clients.worker import Worker
 from common.compression import decompress, wire_for
+from common.distillation import Examples, make_recipe
 from common.fixed_point import ExactSum, Rows
 from common.hashing import hash_tensors
 from common.inference import predict
@@ -18,7 +19,7 @@ from common.metrics import scores, tally
 from common.models import load_teacher
 from common.store import cache_folder
 from common.wire import NOT_FINITE, Instruction, own_update
-from tests.conftest import FP32, make_dataset, make_reviews, make_sentences, make_teacher, make_tokens
+from tests.conftest import FP32, make_dataset, make_needs, make_reviews, make_sentences, make_teacher, make_tokens
 
 CLIENTS = (0, 1, 2, 3, 4, 5)
 RUN = "0123456789abcdef"
@@ -45,7 +46,7 @@ def make_worker(reviews, balanced):
     def make(teacher=balanced, **keys):
         given = {"data__clients": len(CLIENTS), "data__holdout_fraction": 0.3, "student__layers": 2, "rounds": 3}
         config, data = make_dataset(reviews, teacher, cache_folder(), **{**given, **keys})
-        return Worker(config, str(teacher), hash_tensors(load_teacher(teacher).state_dict()), data.key)
+        return Worker(config, **make_needs(teacher, data, (0, 3)))
 
     return make
 
@@ -76,7 +77,7 @@ def arrays(worker):
 
 
 def instruction(clients, number=1, feedback=None, run=RUN):
-    return Instruction(run, number, "", tuple(clients), tuple(feedback or (0 for _ in clients)), "", "", "")
+    return Instruction(run, number, "", tuple(clients), tuple(feedback or (0 for _ in clients)), *[""] * 5)
 
 
 def nobody(count):
@@ -200,15 +201,15 @@ def test_a_packed_sum_is_the_sum_of_its_clients_in_any_grouping(worker, arrays):
 def bare_updates(worker, arrays, number):
     """What each client learns, without the worker's way of adding up."""
     weights = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    recipe = make_recipe(worker.config, number, worker.pairs, worker.data.task.regression)
+    recipe = make_recipe(worker.config, number, worker.pupil.shape, worker.teacher.config, worker.data.task.regression)
     found = {}
     for client in CLIENTS:
         rows = worker.data.shard(client).train
-        shard = TrainingShard(
+        examples = Examples(
             worker.data.train, rows, predict(worker.teacher, worker.data.train.tokens, rows, worker.compute)
         )
         update = distil(
-            worker.student, weights, shard, recipe=recipe, compute=worker.compute, seed=worker.config.seed,
+            worker.student, weights, examples, recipe=recipe, compute=worker.compute, seed=worker.config.seed,
             who=(number, client), teacher=worker.teacher,
         )  # fmt: skip
         found[client] = {
@@ -268,10 +269,10 @@ def test_a_client_that_cannot_be_trained_leaves_the_others(make_worker, monkeypa
     expected, _ = worker.train(arrays, instruction(others), nobody)
     honest, done = module.distil, []
 
-    def fails(student, weights, shard, **given):
+    def fails(student, weights, examples, **given):
         if given["who"][1] == bad:
             raise RuntimeError("patient Smith has a cough")
-        return honest(student, weights, shard, **given)
+        return honest(student, weights, examples, **given)
 
     monkeypatch.setattr(module, "distil", fails)
     groups, lines = worker.train(arrays, instruction(CLIENTS), done.append)
@@ -290,8 +291,8 @@ def test_a_client_whose_training_diverges_is_refused_and_leaves_the_others(make_
     arrays, honest = arrays_of(worker), module.distil
     expected, _ = worker.train(arrays, instruction([0, 1, 3, 4, 5]), nobody)
 
-    def diverges(student, weights, shard, **given):
-        update = honest(student, weights, shard, **given)
+    def diverges(student, weights, examples, **given):
+        update = honest(student, weights, examples, **given)
         if given["who"][1] == 2:
             list(update.arrays.values())[place].reshape(-1)[0] = np.nan
         return update
@@ -399,7 +400,61 @@ def test_what_the_teacher_was_asked_before_it_is_not_asked_again(make_worker, mo
 
 def test_another_teacher_in_the_folder_is_refused(worker, balanced, tmp_path):
     other = make_teacher(tmp_path, seed=1)
+    needs = make_needs(balanced, worker.data, (0, 3))
     for folder, known in ((other, balanced), (balanced, other)):
         digest = hash_tensors(load_teacher(known).state_dict())
         with pytest.raises(ValueError, match="the teacher's weights are not those of this run"):
-            Worker(worker.config, str(folder), digest, worker.data.key)
+            Worker(worker.config, **{**needs, "teacher": str(folder), "teacher_hash": digest})
+
+
+def test_another_student_in_the_cache_is_refused(worker, balanced):
+    needs = make_needs(balanced, worker.data, (0, 3))
+    other = make_needs(balanced, worker.data, (1, 2))
+    assert needs["student_hash"] != other["student_hash"]
+    with pytest.raises(ValueError, match="the student's weights are not those of this run"):
+        Worker(worker.config, **{**needs, "student": other["student"]})
+
+
+# --- importance ---------------------------------------------------------------------------------
+
+
+def test_how_much_heads_matter_is_the_sum_over_clients_in_any_grouping(make_worker):
+    worker = make_worker()
+    alone = {client: worker.weigh([client], nobody) for client in CLIENTS}
+    together, lines = worker.weigh((4, 1, 0, 5, 3, 2), nobody)
+    assert {name: total.shape for name, total in together["update"].items()} == {"heads": (2, 2), "neurons": (2, 32)}
+    for name, total in together["update"].items():
+        assert total.tolist() == sum(groups["update"][name] for groups, _ in alone.values()).tolist()
+        assert total.dtype == np.int64
+        assert total.any()
+    assert [(line.client, line.examples) for line in lines] == [
+        (client, worker.data.train_sizes[client]) for client in (4, 1, 0, 5, 3, 2)
+    ]
+
+
+def test_weighing_leaves_training_as_it_was(make_worker):
+    fresh, used = make_worker(), make_worker()
+    arrays = arrays_of(fresh)
+    used.weigh(CLIENTS, nobody)
+    expected, _ = fresh.train(arrays, instruction([3]), nobody)
+    found, lines = used.train(arrays, instruction([3]), nobody)
+    assert problems(lines) == {}
+    assert whole(used, found) == whole(fresh, expected)
+
+
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_client_that_cannot_be_weighed_leaves_the_others(make_worker, monkeypatch, bad):
+    worker = make_worker()
+    expected, _ = worker.weigh([client for client in CLIENTS if client != bad], nobody)
+    honest, done = module.importance, []
+
+    def fails(model, examples, **given):
+        if given["client"] == bad:
+            raise RuntimeError("patient Smith has a cough")
+        return honest(model, examples, **given)
+
+    monkeypatch.setattr(module, "importance", fails)
+    found, lines = worker.weigh(CLIENTS, done.append)
+    assert problems(lines) == {bad: "RuntimeError"}
+    assert done == [1] * len(CLIENTS)
+    assert all((found["update"][name] == total).all() for name, total in expected["update"].items())

@@ -108,6 +108,17 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key_and_itself(key, value
         ({"task": "text", "data.source": "a.csv", "data.partition": "natural"}, ("data.partition-by",)),
         ({"data.holdout-fraction": 1.0}, ("data.holdout-fraction",)),
         ({"distill.soft-weight": 0.0, "distill.hard-weight": 0}, ("distill.soft-weight", "hard-weight")),
+        (
+            {"student.target-ratio": 0.4, "student.vocabulary": 100},
+            ("student.target-ratio", "student.vocabulary = 100"),
+        ),
+        *[
+            (
+                {key: 1, "distill.soft-weight": 0.0, "distill.hard-weight": 0.0, "distill.cls-weight": 1.0},
+                ("student.width-selection = 'importance'", "distill.soft-weight", "'random'"),
+            )
+            for key in ("student.heads", "student.neurons")
+        ],
         *[
             (
                 {"server.packing": "on", "server.strategy": rule},

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from common import dataset
-from common.dataset import load_tokenizer, open_dataset
+from common.dataset import in_pieces_of, load_tokenizer, open_dataset
 from common.errors import InputError
+from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from tests.conftest import make_dataset, make_reviews, make_sentences, make_tokens
 
 
@@ -168,3 +169,64 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 def test_tokens_are_cut_to_the_maximum_length(tiny_teacher):
     tokens = make_tokens(tiny_teacher, ["good " * 50, "good"], ["bad " * 50, "bad"], max_length=16)
     assert tokens.lengths(np.arange(2)).tolist() == [16, 5]
+
+
+# --- texts, and the same examples in other pieces -----------------------------------------------
+
+
+def test_a_row_keeps_its_text_through_the_cut(reviews, tiny_teacher, cache):
+    _, data = make_dataset(reviews, tiny_teacher, cache)
+    (column,) = data.train.texts
+    assert column.all() == read(reviews)
+    (scored,) = data.validation["validation"].texts
+    assert set(scored.all()) < set(read(reviews))
+    assert len(scored) == len(data.validation["validation"])
+
+
+@pytest.fixture(scope="module")
+def trimmed(tiny_teacher, tmp_path_factory):
+    """A tokenizer that spells everything but single letters."""
+    folder, tokenizer = tmp_path_factory.mktemp("trimmed"), load_tokenizer(tiny_teacher)
+    fewest = fewest_pieces(tokenizer)
+    save_trimmed(tiny_teacher, choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest), folder)
+    return folder
+
+
+def test_in_other_pieces_every_row_is_the_same_example(reviews, tiny_teacher, trimmed, cache):
+    _, data = make_dataset(reviews, tiny_teacher, cache)
+    own = in_pieces_of(trimmed, data, cache)
+    tokenizer = load_tokenizer(trimmed)
+    assert own.train.tokens.pad == tokenizer.pad_token_id
+    assert own.train.tokens.typed == data.train.tokens.typed
+    for split, before in ((own.train, data.train), (own.validation["validation"], data.validation["validation"])):
+        assert len(split) == len(split.tokens) == len(before)
+        assert split.labels is before.labels
+        assert split.keys is before.keys
+        texts = before.texts[0].all()
+        for row in (0, 5, len(split) - 1):
+            ids = split.tokens.batch(np.array([row]))["input_ids"][0].tolist()
+            assert ids == tokenizer(texts[row], truncation=True, max_length=64)["input_ids"]
+            assert len(ids) > before.tokens.lengths(np.array([row]))[0]
+    assert (own.key, own.shards, own.task) == (data.key, data.shards, data.task)
+
+
+def test_pairs_in_other_pieces_are_pairs(tiny_teacher, trimmed, cache, tmp_path):
+    path, texts = tmp_path / "pairs.csv", make_sentences(60, longest=4)
+    with path.open("w", newline="") as stream:
+        rows = [(a, b, i % 2) for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
+        csv.writer(stream).writerows([("q", "p", "label"), *rows])
+    keys = {"data__text_columns": "q,p", "data__clients": 2, "data__min_examples": 2}
+    _, data = make_dataset(path, tiny_teacher, cache, **keys)
+    own, tokenizer = in_pieces_of(trimmed, data, cache), load_tokenizer(trimmed)
+    for row in (0, 29):
+        batch, expected = own.train.tokens.batch(np.array([row])), tokenizer(*rows[row][:2])
+        assert {name: tensor[0].tolist() for name, tensor in batch.items()} == dict(expected)
+
+
+def test_other_pieces_are_prepared_once(reviews, tiny_teacher, trimmed, cache, monkeypatch):
+    _, data = make_dataset(reviews, tiny_teacher, cache, seed=3)
+    first = in_pieces_of(trimmed, data, cache)
+    monkeypatch.setattr(dataset, "tokenize", lambda *arguments: pytest.fail("tokenised again"))
+    again = in_pieces_of(trimmed, data, cache)
+    assert isinstance(again.train.tokens.ids, np.memmap)
+    assert (np.asarray(again.train.tokens.ids) == first.train.tokens.ids).all()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
+from common.families import FAMILIES
 from common.inference import ROWS, padded_lengths, predict
 from common.models import load_teacher
 from common.tokens import Tokens
@@ -17,7 +18,7 @@ def random_tokens(lengths, seed=0):
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(5, 100, offsets[-1]).astype(np.int32)
-    return Tokens(ids, offsets, lengths.astype(np.int32), pad=0, typed=True)
+    return Tokens(ids, offsets, np.ones(len(ids), dtype=bool), lengths.astype(np.int32), pad=0, typed=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_an_example_has_the_same_bits_in_any_company(wide_model, compute):
         assert predict(wide_model, tokens, rows, compute).tobytes() == together[rows].tobytes()
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_model_called_as_usual(family, tmp_path):
     teacher = make_teacher(tmp_path, family, layers=2)
     model, tokenizer = load_teacher(teacher), AutoTokenizer.from_pretrained(teacher)

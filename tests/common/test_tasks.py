@@ -54,7 +54,7 @@ def test_a_task_is_read_prepared_and_scored_with_its_own_metrics(name, glue, tmp
     config = load_config(None, [*keys, f"teacher.model={tmp_path}", "student.layers=1"])
     assert len(load_corpus(config).train) == 80
     federation = prepare(config, Silent())
-    scored = set(federation.teacher_validation)
+    scored = set(federation.lesson.validation)
     extra = {"spearman_bound"} if name == "stsb" else {"accuracy_mismatched"} if name == "mnli" else set()
     assert scored == {*task.metrics, "n"} | extra
-    assert federation.teacher_validation["n"] == 80
+    assert federation.lesson.validation["n"] == 80

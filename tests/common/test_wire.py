@@ -36,12 +36,16 @@ SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scalar": ()}
 EXPECTED = {"update": SHAPES}
 SECRET = 4815162342
 LINES = [
-    ClientLine(3, 17, 0.25, loss=0.5, soft_loss=0.25, hard_loss=1.0, hidden_loss=0.0),
+    ClientLine(
+        3, 17, 0.25, loss=0.5, soft_loss=0.25, hard_loss=1.0, hidden_loss=0.0, cls_loss=0.125, relation_loss=2.0
+    ),
     ClientLine(5, 0, 1.0, problem="NotFinite"),
 ]
 ASKED = frozenset({3, 5})
 RUN = "0123456789abcdef"
-INSTRUCTION = Instruction(RUN, 2, '{"rounds": 3}', (3, 5), (0, 1), "/teacher é", "ab12", "cd34", "/board")
+INSTRUCTION = Instruction(
+    RUN, 2, '{"rounds": 3}', (3, 5), (0, 1), "/teacher é", "ab12", "cd34", "ef56", "0789", "/board"
+)
 
 
 def sums():

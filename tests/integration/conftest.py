@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fedistill(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Call ``fedistill`` with arguments, in the test's own folder."""
 
-    def call(*arguments: str, env: dict[str, str] | None = None, timeout: float = 240) -> Any:
+    def call(*arguments: str, env: dict[str, str] | None = None, timeout: float = 1500) -> Any:
         command = [sys.executable, "-m", "simulations.cli", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         return subprocess.run(

@@ -47,7 +47,7 @@ class Fault:
         how: a name in IN_CLIENT, IN_ARRAYS, IN_RECORDS, IN_LINES or IN_MESSAGES.
         client: whose work, or whose message, it befalls.
         round: in which round; 0: in each.
-        phase: teach, train or evaluate.
+        phase: teach, weigh, train or evaluate.
         times: how often in all; 0: always.
         seconds: how long a client sleeps.
     """
@@ -259,6 +259,10 @@ def app_obeying(script: Script) -> ClientApp:
     @app.query("teach")
     def teach(message: Message, context: Context) -> Message:
         return _obey(script, "teach", message, lambda: ours.teach(message, context))
+
+    @app.query("weigh")
+    def weigh(message: Message, context: Context) -> Message:
+        return _obey(script, "weigh", message, lambda: ours.weigh(message, context))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

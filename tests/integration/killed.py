@@ -153,9 +153,9 @@ def pruning(number: int, act: Callable[[], None]) -> None:
 
 def student(_: int, act: Callable[[], None]) -> None:
     """After the last checkpoint: the student is saved, its tokenizer is not."""
-    from server import run
+    from transformers import PreTrainedModel
 
-    before(run, "load_tokenizer", act)
+    after(PreTrainedModel, "save_pretrained", act, lambda _, folder, **__: Path(folder).name == "student")
 
 
 def disk(number: int, _: Callable[[], None]) -> None:
@@ -186,6 +186,7 @@ def _torn(mark: str, number: int) -> Any:
 
     app = ClientApp()
     app.query("teach")(ours.teach)
+    app.query("weigh")(ours.weigh)
     app.evaluate()(ours.evaluate)
 
     def tear(handle: int) -> None:

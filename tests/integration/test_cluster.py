@@ -19,7 +19,7 @@ import pytest
 from tests.integration.conftest import ROOT, read_summary
 from tests.integration.faulty import Fault, Stage
 
-START_SECONDS = 120
+START_SECONDS = 600
 
 
 class Machine:
@@ -127,7 +127,7 @@ def keys(tiny_teacher: Path) -> dict[str, Any]:
 def at_home(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The student of the same run without a cluster."""
     folder = tmp_path_factory.mktemp("at-home")
-    assert simulate(keys, folder).wait(timeout=240) == 0, (folder / "run" / "log.txt").read_text()
+    assert simulate(keys, folder).wait(timeout=1500) == 0, (folder / "run" / "log.txt").read_text()
     return read_summary(folder / "run")["student_sha256"]
 
 
@@ -158,7 +158,7 @@ def test_a_cluster_gives_the_same_bits_and_lives_on(cluster, keys, at_home, tmp_
 
 def check_left_alone(machines: list[Machine]) -> None:
     """The machines are up, and nothing of the run is left on them."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 600
     while any(machine.workers() for machine in machines) and time.monotonic() < end:
         time.sleep(0.2)
     assert not [worker for machine in machines for worker in machine.workers()]
@@ -167,13 +167,13 @@ def check_left_alone(machines: list[Machine]) -> None:
 
 def test_ctrl_c_ends_the_run_and_not_the_cluster(cluster, keys, tmp_path):
     process = simulate(keys, tmp_path, "rounds=1000", "client.epochs=500", address=cluster.address)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not all(machine.workers(busy=True) for machine in cluster.machines):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.1)
     process.send_signal(2)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
     assert read_summary(tmp_path / "run")["status"] == "interrupted"
     check_left_alone(cluster.machines)
 
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_the_run_and_not_the_cluster(cluster, keys, tmp_path):
 def test_a_cluster_that_cannot_serve_is_told_at_once(cluster, keys, tmp_path, unready):
     where, setting, told = unready
     process = simulate(keys, tmp_path, setting, address=where or cluster.address)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.strip() == f"fedistill: {told}"
     assert not (tmp_path / "run").exists()
@@ -205,7 +205,7 @@ def stage(cluster: Cluster, keys: dict[str, Any], tmp_path: Path, monkeypatch: p
 
 
 def test_a_worker_that_hangs_on_another_machine_is_ended_and_one_that_dies_started_again(stage, at_home):
-    hung = stage.run("server.round-timeout=15", faults=[Fault("hangs", times=1)])
+    hung = stage.run("server.round-timeout=30", faults=[Fault("hangs", times=1)])
     assert (hung.error, hung.student) == (None, at_home)
     died = stage.run(faults=[Fault("is killed", round=2, times=1)])
     assert (died.error, died.student) == (None, at_home)

@@ -188,16 +188,16 @@ def test_all_workers_may_die_and_come_back(stage, undisturbed):
 
 
 def test_a_client_that_hangs_once_is_retried(stage, undisturbed):
-    run = stage.run("server.round-timeout=15", faults=[Fault("hangs", times=1)])
+    run = stage.run("server.round-timeout=30", faults=[Fault("hangs", times=1)])
     check_recovered(run, undisturbed())
     assert run.said("round 1: client 0 late: no reply in time; tried again")
 
 
 def test_a_client_that_always_hangs_is_lost_alone(stage, without_client_0):
-    run = stage.run("server.round-timeout=15", faults=[Fault("hangs")])
+    run = stage.run("server.round-timeout=30", faults=[Fault("hangs")])
     check_lost_alone(run, without_client_0(), "late")
     assert run.faults["retried"] == BESIDE_0
-    assert run.seconds < 120
+    assert run.seconds < 300
 
 
 def test_a_reply_that_comes_twice_counts_once(stage, undisturbed):
@@ -208,7 +208,7 @@ def test_a_reply_that_comes_twice_counts_once(stage, undisturbed):
 
 
 def test_a_reply_that_comes_late_is_not_added_to_what_was_done_again(stage, undisturbed):
-    run = stage.run("rounds=2", "server.round-timeout=8", odd={"late": 8.5})
+    run = stage.run("rounds=2", "server.round-timeout=12", odd={"late": 12.5})
     assert run.error is None
     recovered = run.costs("train")["recovered"]
     assert 0 < len(recovered) == run.faults["retried"]

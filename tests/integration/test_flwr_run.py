@@ -59,7 +59,7 @@ def test_flwr_run_gives_the_bits_and_the_folder_of_simulate(fedistill, tiny, flo
     nodes = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
     command = [FLWR, "run", str(app), "--stream", "--run-config", config, "--federation-config", nodes]
     flown = subprocess.run(
-        command, env=flower_home, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        command, env=flower_home, cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False
     )
     assert flown.returncode == 0, flown.stdout + flown.stderr
     listed = subprocess.run(

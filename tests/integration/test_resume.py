@@ -25,7 +25,7 @@ import pytest
 from server.checkpoint import Checkpoint, checkpoint_folder, checkpoints, load_latest, save_checkpoint
 from tests.integration.conftest import ROOT, read_lines, read_summary
 
-SECONDS = 280
+SECONDS = 1200
 ARRAYS = ("student.safetensors", "optimizer.safetensors")
 FILES = (*ARRAYS, "state.json", "SHA256SUMS")
 
@@ -215,7 +215,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(place, nev
 
 
 def check_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=120)
     assert not alive
 
 

@@ -138,13 +138,18 @@ def test_a_round_equals_the_same_clients_trained_without_flower(fedistill, tiny,
     federation = prepare(config, Silent())
     teacher, data = federation.teacher, federation.data
     sizes = {int(client): int(data.train_sizes[client]) for client in data.eligible}
-    total = RunningSum.zeros({name: array.shape for name, array in federation.weights.items()})
+    weights = federation.weights()
+    total = RunningSum.zeros({name: array.shape for name, array in weights.items()})
     threads = torch.get_num_threads()
     try:
-        worker = Worker(config, str(teacher.folder), teacher.hash, data.key)
+        needs = {
+            "teacher": str(teacher.folder), "teacher_hash": teacher.hash, "dataset": data.key,
+            "student": federation.pupil.key, "student_hash": federation.pupil.hash,
+        }  # fmt: skip
+        worker = Worker(config, **needs)
         for client in reversed(pick_cohort(data.eligible, 5, config.seed, 1)):  # another order
-            asked = Instruction("0" * 16, 1, "", (client,), (0,), str(teacher.folder), teacher.hash, data.key)
-            groups, lines = worker.train(federation.weights, asked, lambda count: None)
+            asked = Instruction("0" * 16, 1, "", (client,), (0,), **needs)
+            groups, lines = worker.train(weights, asked, lambda count: None)
             total.fold(groups["update"], lines, sizes)
     finally:
         torch.set_num_threads(threads)
@@ -152,7 +157,7 @@ def test_a_round_equals_the_same_clients_trained_without_flower(fedistill, tiny,
     assert (line["clients"], line["examples"]) == (5, total.weight)
     update = {name: mean(array, total.weight) for name, array in total.totals.items()}
     saved = safetensors.numpy.load_file(tmp_path / "run" / "checkpoints" / "round-00001" / "student.safetensors")
-    for name, array in fedavg(federation.weights, update, {}, config.server).items():
+    for name, array in fedavg(weights, update, {}, config.server).items():
         assert np.array_equal(array, saved[name]), name
 
 

@@ -158,6 +158,7 @@ class Run:
             config=config,
             data=SimpleNamespace(train_sizes=sizes, eligible=np.array(clients), key="d" * 32),
             teacher=SimpleNamespace(folder=folder, hash="h" * 64),
+            pupil=SimpleNamespace(key="s" * 32, hash="p" * 64),
         )
         self.grid, self.clients, self.hangs, self.progress, self.folder = (
             MemoryGrid(nodes, sloppy), clients, [], Heard(), folder

@@ -10,6 +10,7 @@ import torch
 
 from common.config import from_flat
 from common.hashing import hash_tensors
+from common.slim import Shape
 from server.history import History, client_spread, retention, summarise, unprepared_summary
 
 
@@ -49,9 +50,8 @@ def federation(**keys):
         data=SimpleNamespace(task=SimpleNamespace(name="mrpc", headline="f1"), clients=7, eligible=range(6)),
         student=torch.nn.Linear(3, 1, bias=True).requires_grad_(False),
         teacher=SimpleNamespace(fine_tuned_on=77),
-        teacher_parameters=20,
-        teacher_validation={"f1": 0.9, "n": 9},
-        layers=(0, 3),
+        lesson=SimpleNamespace(model=torch.nn.Linear(4, 4), validation={"f1": 0.9, "n": 9}),
+        pupil=SimpleNamespace(shape=Shape((0, 3), ((1, 0), (2, 1)), ((4, 2, 0), (1, 3, 5)), 50, 7)),
     )
 
 
@@ -63,6 +63,7 @@ def test_a_summary_holds_what_a_run_has_measured():
     assert summary["student"]["params"] == 4
     assert summary["student"]["params_ratio"] == 0.2
     assert summary["student"]["federated"] == {"f1": 0.6, "n": 40}
+    assert summary["student"]["shape"] == {"layers": [0, 3], "heads": 2, "neurons": 3, "pieces": 50, "rank": 7}
     assert summary["teacher"]["params"] == 20
     assert summary["teacher"]["validation"] == {"f1": 0.9, "n": 9}
     assert summary["retention"] == pytest.approx({"federated": 0.75, "validation": 0.5})

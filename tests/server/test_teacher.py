@@ -1,19 +1,22 @@
 """The teacher is found and checked before the run, and fine-tuned on public text alone, once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from transformers import AlbertConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AlbertConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from common.dataset import FederatedDataset
 from common.errors import InputError
+from common.families import FAMILIES
 from common.hashing import hash_tensors
 from common.models import load_teacher
 from common.progress import Silent
 from common.tasks import GLUE, TOY
 from server import teacher as module
 from server.teacher import TeacherSource, check_head, check_length, find_teacher, fine_tune, prepare_teacher
-from tests.conftest import make_dataset, make_reviews, make_teacher
+from tests.conftest import make_dataset, make_reviews, make_sentences, make_teacher
 
 
 def copy_of(teacher, folder, *, without=(), **changed):
@@ -34,7 +37,7 @@ def refusal(model):
 # Finding
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_layers_and_positions_are_read_without_the_weights(family, tmp_path):
     classifier = make_teacher(tmp_path / "classifier", family, labels=3, layers=2)
     encoder = make_teacher(tmp_path / "encoder", family, labels=0, layers=3)
@@ -218,3 +221,26 @@ def test_public_examples_without_labels_cannot_fine_tune(encoder, federation, tm
         prepare_teacher(
             config, find_teacher(str(encoder)), FederatedDataset(**fields | {"train": blank}), tmp_path, Silent()
         )
+
+
+def test_a_multi_label_teacher_says_so_and_fits_no_other_task(encoder, tmp_path):
+    path = tmp_path / "many.csv"
+    rows = [(text, "|".join(["short", "long", "good"][: number % 4])) for number, text in enumerate(make_sentences(60))]
+    path.write_text("text,label\n" + "".join(f"{text},{label or '|'}\n" for text, label in rows))
+    keys = {"data__multi_label": True, "data__windows": 2, "data__max_length": 8, "teacher__epochs": 1}
+    config, data = make_dataset(path, encoder, tmp_path / "cache", data__public_fraction=0.5, **keys)
+    found = prepare_teacher(config, find_teacher(str(encoder)), data, tmp_path / "cache", Silent())
+    model = AutoModelForSequenceClassification.from_pretrained(found.folder)
+    assert model.config.id2label == {0: "good", 1: "long", 2: "short"}
+    assert model.config.problem_type == "multi_label_classification"
+    told = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(found.folder))
+    logits = model(**told.tokenizer("good film", return_tensors="pt")).logits[0]
+    scores = {one["label"]: one["score"] for one in told("good film", top_k=None)}
+    assert scores == pytest.approx({model.config.id2label[k]: torch.sigmoid(x).item() for k, x in enumerate(logits)})
+
+    own, task = find_teacher(str(found.folder)), data.task
+    check_head(own, task, 0)
+    with pytest.raises(InputError, match=r"data.multi-label = true: .* is not multi_label_classification"):
+        check_head(source(head=3), task, 0)
+    with pytest.raises(InputError, match=r"data.multi-label = false: .* is multi_label_classification"):
+        check_head(own, replace(task, multi_label=False), 0)

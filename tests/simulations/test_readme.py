@@ -6,6 +6,7 @@ import pytest
 
 from common.config import load_config
 from simulations.cli import describe_keys, keys_table
+from simulations.sweep_file import read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +22,15 @@ def test_every_key_says_what_it_means():
     assert all(meaning for _, _, meaning in describe_keys())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "simulations" / "presets").glob("*.toml")), ids=lambda path: path.stem)
+PRESETS = sorted((ROOT / "simulations" / "presets").glob("*.toml"))
+SWEEPS = ("glue", "teachers")
+
+
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.stem not in SWEEPS], ids=lambda path: path.stem)
 def test_every_preset_loads(path):
     assert load_config(path).task == path.stem
+
+
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.stem in SWEEPS], ids=lambda path: path.stem)
+def test_every_preset_of_a_sweep_loads(path):
+    assert len({run.seed for run in read_sweep(path).runs}) == 3

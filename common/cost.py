@@ -1,0 +1,310 @@
+"""What a student costs a device: arithmetic, memory, time, bytes and energy, from its shape alone.
+
+A layer has width H, A = heads x head width, N neurons; a batch has B rows of length T. A product of (n, k) with (k, m)
+takes 2nkm operations, so a layer's forward pass takes
+
+    2 B T (4 H A + 2 H N)    queries, keys, values and their mixing; the two products of the feed-forward network
+    + 4 B T^2 A              queries with keys, and attention with values
+
+and its backward pass twice that: for the gradient of the inputs and of the weights (Kaplan et al. 2020,
+https://arxiv.org/abs/2001.08361, who leave out the T^2). Where nothing below a product is trained, the gradient of its
+inputs is not needed: with frozen embeddings, in the first layer. Besides the layers there are products at every
+position (an embedding's projection) and at one (pooler and classifier).
+
+    training memory    4 (P_teacher + P) + c P_trained + max(activations, the teacher's forward pass) + 50 MB,
+        c = 4 the round's weights + 4 gradients + 8 AdamW's moments + 4 the update + 8 its exact sum
+    activations        B T ((4 A + 2 N + 4 H + heads T) w + 16) for each layer: what the backward pass will read of the
+        products, the GELU, the softmax and the two norms (after Korthikanti et al. 2022,
+        https://arxiv.org/abs/2205.05198), of w = 4 bytes, and one layer's tensors in flight; in bf16 w = 2, the norms
+        add 8 H, and bf16 copies of the weights 2 P_trained
+    latency            forward operations / rate + layers x fixed time, of one sentence
+    computing          (operations / rate + layers x fixed time) over the batches of a round
+    transfer           8 bits x (bytes up + bytes down) / bandwidth
+    energy             power x (computing + transfer)
+
+The interpreter and its libraries come on top, and what happens once, before round 1: fetching teacher and student, and
+the teacher's outputs. Rates and fixed times are the device's (`common.devices`).
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from common.config import Config
+from common.devices import DeviceProfile
+from common.families import family_of, head_count
+from common.inference import ROWS
+from common.models import count_parameters, freeze_embeddings
+from common.slim import Shape, build
+
+# padded pieces for each piece of text, in token-budget batches of 1,024: 14 % of them are padding (SST-2, measured)
+PADDING = 1 / (1 - 0.14)
+# bytes that travel up for each trained weight; topk's share k comes on top of its gaps' least bytes, and what svd sends
+# depends on the update: it is taken as if nothing were saved
+UP = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "topk": 1 / 255, "svd": 4.0}
+# added because peak memory was 22 to 55 MB above the rest of the formula, for four small encoders on one machine; what
+# takes it was not looked into, and the constant was not tried on others
+BUFFERS = 50_000_000
+SUM = 8.0  # of the exact sum, int64
+BATCH, LENGTH = 32, 32  # of the reference
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a student's costs depend on.
+
+    Attributes:
+        hidden: width between the layers.
+        head_size: width of a head.
+        heads, neurons: of each layer.
+        each, once: weights of the products outside the layers that meet every position, and one position of a row.
+        each_trained: those of the former that are trained.
+        parameters, trained: all weights, and those under training.
+        first_inputs: whether something below the first layer's products is trained.
+        spelt: whether the activation is written out in five steps (GPT-2) instead of one.
+    """
+
+    hidden: int
+    head_size: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    each: int
+    each_trained: int
+    once: int
+    parameters: int
+    trained: int
+    first_inputs: bool
+    spelt: bool
+
+    @property
+    def layers(self) -> int:
+        return len(self.heads)
+
+
+def size_of(config: Any, shape: Shape, train_embeddings: bool = False) -> Size:
+    """The size of a student, from its module without memory behind it (torch's meta device).
+
+    Args:
+        config: its teacher's configuration.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.vocab_size = len(shape.layers), shape.pieces
+    if config.pad_token_id is not None and config.pad_token_id >= shape.pieces:
+        config.pad_token_id = None
+    with torch.device("meta"):
+        student = build(config, shape)
+    trained, family = freeze_embeddings(student, train_embeddings), family_of(student)
+    causal = config.model_type == "gpt2"  # its head meets every position; its layers begin with a norm
+    each = each_trained = once = 0
+    for name, module in student.named_modules():
+        if not isinstance(module, nn.Linear) or name.startswith(f"{family.layers}."):
+            continue
+        weights = module.weight.numel()
+        if name.startswith(family.embeddings) or causal:
+            each += weights
+            each_trained += weights * module.weight.requires_grad
+        else:
+            once += weights
+    return Size(
+        hidden=config.hidden_size,
+        head_size=config.hidden_size // head_count(config),
+        heads=tuple(map(len, shape.heads)),
+        neurons=tuple(map(len, shape.neurons)),
+        each=each,
+        each_trained=each_trained,
+        once=once,
+        parameters=count_parameters(student),
+        trained=sum(parameter.numel() for parameter in trained.values()),
+        first_inputs=train_embeddings or causal,
+        spelt=causal,
+    )
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def forward_flops(size: Size, rows: int, length: int) -> int:
+    """Operations of the products of a forward pass over ``rows`` rows of ``length`` pieces."""
+    layers = sum(
+        2 * length * (4 * size.hidden * heads * size.head_size + 2 * size.hidden * neurons)
+        + 4 * length**2 * heads * size.head_size
+        for heads, neurons in zip(size.heads, size.neurons, strict=True)
+    )
+    return rows * (layers + 2 * length * size.each + 2 * size.once)
+
+
+def training_flops(size: Size, rows: int, length: int) -> int:
+    """The same of a forward and a backward pass."""
+    frozen = rows * 2 * length * (size.each - size.each_trained)  # has no backward pass
+    first = 0 if size.first_inputs else rows * 2 * length * 3 * size.hidden * size.heads[0] * size.head_size
+    return 3 * forward_flops(size, rows, length) - 2 * frozen - first
+
+
+@cache
+def reference() -> Size:
+    """The encoder that devices' speeds are told in: three of MiniLM's layers, embeddings frozen."""
+    from transformers import BertConfig
+
+    config = BertConfig(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
+    return size_of(config, Shape.whole(config, (0, 1, 2)))
+
+
+def operations_per_piece() -> tuple[float, float]:
+    """Of the reference, at `BATCH` rows of `LENGTH`: of training, and of reading (a forward pass)."""
+    pieces = BATCH * LENGTH
+    return training_flops(reference(), BATCH, LENGTH) / pieces, forward_flops(reference(), BATCH, LENGTH) / pieces
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def weight_bytes(size: Size) -> int:
+    """Of all weights in float32."""
+    return 4 * size.parameters
+
+
+def activation_bytes(size: Size, pieces: int, length: int, bf16: bool = False) -> int:
+    """What the layers keep for the backward pass of a batch of ``pieces`` pieces in rows of ``length``."""
+    width, norms = (2, 8 * size.hidden) if bf16 else (4, 0)
+    steps = 5 if size.spelt else 2
+    return pieces * sum(
+        width * (4 * heads * size.head_size + steps * neurons + 4 * size.hidden + heads * length) + norms + 16
+        for heads, neurons in zip(size.heads, size.neurons, strict=True)
+    )
+
+
+def flight_bytes(size: Size, pieces: int, length: int) -> int:
+    """The tensors that one layer's forward pass holds at once in float32, at most."""
+    widest = max(
+        max(2 * size.hidden + 4 * heads * size.head_size + 2 * heads * length, size.hidden + 2 * neurons)
+        for heads, neurons in zip(size.heads, size.neurons, strict=True)
+    )
+    return 4 * pieces * widest
+
+
+# --- a round -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a federation asks of every device, as far as costs go.
+
+    Attributes:
+        longest: the most pieces an example has.
+        deep: whether the teacher runs beside the student.
+        packed: whether the update travels as an exact sum.
+        entry_bytes: bytes up for each trained weight.
+    """
+
+    epochs: int
+    token_budget: int
+    longest: int
+    bf16: bool
+    deep: bool
+    packed: bool
+    entry_bytes: float
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        keys, distill, server = config.client, config.distill, config.server
+        packed = server.packing == "on"
+        return cls(
+            epochs=keys.epochs,
+            token_budget=keys.token_budget,
+            longest=config.data.max_length,
+            bf16=keys.precision == "bf16",  # auto: the device decides; fp32 takes more memory
+            deep=distill.hidden_weight + distill.cls_weight + distill.relation_weight > 0,
+            packed=packed,
+            entry_bytes=SUM if packed else UP[server.wire] + 3 * server.topk * (server.wire == "topk"),
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a student costs a device; megabytes are 10^6 bytes, times and energy of one round."""
+
+    training_mb: float
+    inference_mb: float
+    latency_ms: float
+    compute_s: float
+    transfer_s: float
+    up_mb: float
+    down_mb: float
+    energy_j: float
+
+    @property
+    def round_s(self) -> float:
+        return self.compute_s + self.transfer_s
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of work: operations / rate, and a fixed time for each layer passed.
+
+    Attributes:
+        training, reading: operations per second in training batches, and of one sentence.
+        training_layer_s, reading_layer_s: seconds.
+    """
+
+    training: float
+    training_layer_s: float
+    reading: float
+    reading_layer_s: float
+
+    @classmethod
+    def of(cls, profile: DeviceProfile) -> Self:
+        training, reading = operations_per_piece()
+        return cls(
+            training=profile.tokens_per_s * training,
+            training_layer_s=profile.training_layer_ms / 1e3,
+            reading=profile.single_tokens_per_s * reading,
+            reading_layer_s=profile.layer_ms / 1e3,
+        )
+
+    def latency(self, size: Size, length: int) -> float:
+        """Seconds for one sentence."""
+        return forward_flops(size, 1, length) / self.reading + size.layers * self.reading_layer_s
+
+    def step(self, size: Size, rows: float, length: int) -> float:
+        """Seconds of one training step."""
+        return rows * training_flops(size, 1, length) / self.training + size.layers * self.training_layer_s
+
+
+def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) -> Cost:
+    """What a student costs a device in one round."""
+    speed, length = Speed.of(profile), min(profile.length, work.longest)
+    # batches of the padded pieces of all examples
+    rows = work.epochs * profile.examples * PADDING
+    steps = math.ceil(rows * length / work.token_budget)
+    compute = steps * speed.step(size, rows / steps, length)
+    if work.deep:
+        compute += rows * forward_flops(teacher, 1, length) / speed.training
+    up, down = work.entry_bytes * size.trained, 4.0 * size.trained
+    transfer = 8 * (up + down) / (profile.bandwidth_mbit * MEGA)
+    return Cost(
+        training_mb=training_bytes(size, teacher, work) / MEGA,
+        inference_mb=(weight_bytes(size) + flight_bytes(size, length, length)) / MEGA,
+        latency_ms=1e3 * speed.latency(size, length),
+        compute_s=compute,
+        transfer_s=transfer,
+        up_mb=up / MEGA,
+        down_mb=down / MEGA,
+        energy_j=profile.watts * (compute + transfer),
+    )
+
+
+def training_bytes(size: Size, teacher: Size, work: Work) -> int:
+    """The most memory a round takes, when a batch is filled with the longest examples."""
+    pieces = max(work.token_budget, work.longest)
+    read = ROWS * work.longest  # a block of the teacher's
+    per_trained = 4 + 4 + 8 + 4 + (8 if work.packed else 0) + (2 if work.bf16 else 0)
+    student = activation_bytes(size, pieces, work.longest, work.bf16) + flight_bytes(size, pieces, work.longest)
+    beside = flight_bytes(teacher, pieces if work.deep else read, work.longest)
+    busy = student + beside if work.deep else max(student, beside)
+    return BUFFERS + weight_bytes(teacher) + weight_bytes(size) + per_trained * size.trained + busy

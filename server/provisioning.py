@@ -1,0 +1,186 @@
+"""Which student each device gets: the largest, of a lattice below the run's student, that keeps to all its budgets.
+
+The lattice is depth x heads x neurons, nested: a smaller student has the first layers of a larger one, and of each
+layer the first heads and neurons, which stand in order of importance. Like HeteroFL's (Diao et al. 2021,
+https://arxiv.org/abs/2010.01264) and DepthFL's (Kim et al. 2023) sub-models, each is a part of the one that the server
+keeps. What stands for quality is the number of parameters: a stated proxy, blind to which of them matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.config import Config
+from common.cost import Cost, Size, Work, predict_cost, size_of
+from common.dataset import load_tokenizer
+from common.devices import DeviceProfile
+from common.distillation import make_recipe
+from common.errors import InputError
+from common.models import choose_layers
+from common.slim import Shape, build
+from common.tasks import GLUE
+from common.vocabulary import choose_pieces, fewest_pieces
+from server.student import check_width, fitting_pieces, narrowed
+from server.teacher import TeacherSource
+
+QUARTERS = (4, 3, 2, 1)  # of the run's heads and neurons
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student of the lattice."""
+
+    shape: Shape
+    size: Size
+
+    @property
+    def name(self) -> str:
+        """Layers/heads/neurons."""
+        return f"{self.size.layers}/{self.size.heads[0]}/{self.size.neurons[0]}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A student that a device cannot have, and the first budget that it breaks."""
+
+    candidate: Candidate
+    cost: Cost
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a device gets.
+
+    Attributes:
+        best: None when not even the smallest student keeps to its budgets.
+        cost: of the best.
+        refused: every larger one, the largest first.
+    """
+
+    profile: DeviceProfile
+    best: Candidate | None
+    cost: Cost | None
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The students to choose from, most parameters first, and their teacher."""
+
+    students: tuple[Candidate, ...]
+    teacher: Size
+
+
+def make_lattice(config: Config, source: TeacherSource) -> Lattice:
+    """The run's student and all smaller ones that its losses can train; no weights are loaded.
+
+    Raises:
+        InputError: a key asks for more than the teacher has.
+    """
+    teacher = teacher_config(config, source)
+    layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
+    top = run_shape(config, source, teacher, layers)
+    trains = config.student.train_embeddings
+    students = [
+        Candidate(shape, size_of(teacher, shape, trains))
+        for shape in nested_shapes(top)
+        if shape == top or _trainable(config, shape, teacher)
+    ]
+    students.sort(key=lambda student: (-student.size.parameters, -student.size.layers))
+    whole = Shape.whole(teacher, tuple(range(source.layers)))
+    return Lattice(tuple(students), size_of(teacher, whole))
+
+
+def teacher_config(config: Config, source: TeacherSource) -> Any:
+    """The configuration that the teacher will have: a bare encoder gets the task's head, of two labels if unknown."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    if not source.head:
+        found.num_labels = GLUE[config.task].num_labels if config.task in GLUE else 2
+    return found
+
+
+def run_shape(config: Config, source: TeacherSource, teacher: Any, layers: tuple[int, ...]) -> Shape:
+    """The shape of the run's own student; which pieces, heads and neurons it keeps does not matter here."""
+    keys, shape = config.student, Shape.whole(teacher, layers)
+    pieces = shape.pieces
+    if keys.vocabulary:
+        counts = np.zeros(pieces, dtype=np.int64)
+        pieces = len(choose_pieces(load_tokenizer(source.folder), counts, keys.vocabulary))
+    elif keys.target_ratio:
+        with torch.device("meta"):
+            model = build(teacher, Shape.whole(teacher, tuple(range(source.layers))))
+        pieces = fitting_pieces(config, model, layers, fewest_pieces(load_tokenizer(source.folder))) or pieces
+    shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
+    check_width(config, shape, teacher)
+    make_recipe(config, 1, narrowed(config, shape), teacher, regression=False)  # whether its losses can train it
+    return narrowed(config, shape)
+
+
+def nested_shapes(top: Shape) -> list[Shape]:
+    """Every depth, with 4, 3, 2 and 1 quarters of the heads and of the neurons."""
+    heads, neurons = _quarters(len(top.heads[0])), _quarters(len(top.neurons[0]))
+    return [
+        Shape(
+            top.layers[:depth],
+            tuple(kept[:some] for kept in top.heads[:depth]),
+            tuple(kept[:width] for kept in top.neurons[:depth]),
+            top.pieces,
+            top.rank,
+        )
+        for depth in range(len(top.layers), 0, -1)
+        for some in heads
+        for width in neurons
+    ]
+
+
+def _quarters(whole: int) -> list[int]:
+    return list(dict.fromkeys(max(whole * part // 4, 1) for part in QUARTERS))
+
+
+def _trainable(config: Config, shape: Shape, teacher: Any) -> bool:
+    """Whether the losses' layer pairs and relation heads exist in this student."""
+    try:
+        make_recipe(config, 1, shape, teacher, regression=False)
+    except InputError:
+        return False
+    return True
+
+
+def choose_student(lattice: Lattice, profile: DeviceProfile, work: Work) -> Choice:
+    """The first student, from the largest on, that breaks no budget of the device."""
+    refused: list[Refusal] = []
+    for student in lattice.students:
+        cost = predict_cost(student.size, lattice.teacher, profile, work)
+        reason = broken_budget(cost, profile)
+        if not reason:
+            return Choice(profile, student, cost, tuple(refused))
+        refused.append(Refusal(student, cost, reason))
+    return Choice(profile, None, None, tuple(refused))
+
+
+def broken_budget(cost: Cost, profile: DeviceProfile) -> str:
+    """The first budget that a student breaks, with figures; empty: none."""
+    budgets: Sequence[tuple[str, float, float, str]] = (
+        ("memory", max(cost.training_mb, cost.inference_mb), profile.memory_mb, "MB"),
+        ("latency", cost.latency_ms, profile.latency_ms, "ms"),
+        ("round", cost.round_s, profile.max_seconds, "s"),
+        ("energy", cost.energy_j, profile.energy_j, "J"),
+    )
+    for name, needed, budget, unit in budgets:
+        if needed > budget:
+            return f"{name} {_apart(needed, budget)} {unit} > {_apart(budget, needed)} {unit}"
+    return ""
+
+
+def _apart(value: float, other: float) -> str:
+    """With as many digits as tell it from the other, three at least."""
+    digits = 3
+    while digits < 17 and f"{value:.{digits}g}" == f"{other:.{digits}g}":
+        digits += 1
+    return f"{float(f'{value:.{digits}g}'):,.15g}"

@@ -1,0 +1,172 @@
+"""Costs against torch's own counts: operations, weights, and what a backward pass keeps."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.config import from_flat
+from common.cost import (
+    Cost,
+    Speed,
+    Work,
+    activation_bytes,
+    forward_flops,
+    operations_per_piece,
+    predict_cost,
+    reference,
+    size_of,
+    training_flops,
+    weight_bytes,
+)
+from common.devices import PRESETS, DeviceProfile
+from common.models import freeze_embeddings, set_training
+from common.slim import Shape, build
+
+ROWS, LENGTH = 8, 16
+USUAL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SMALL: dict[str, Any] = {"vocab_size": 50, "max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 0}
+CONFIGS = {
+    "bert": lambda: hf.BertConfig(**SMALL, **USUAL, **NO_DROPOUT),
+    "roberta": lambda: hf.RobertaConfig(**SMALL, **USUAL, **NO_DROPOUT, bos_token_id=1, eos_token_id=2),
+    "electra": lambda: hf.ElectraConfig(**SMALL, **USUAL, **NO_DROPOUT, embedding_size=8),
+    "distilbert": lambda: hf.DistilBertConfig(
+        **SMALL, dim=32, n_layers=3, n_heads=4, hidden_dim=64, dropout=0.0, attention_dropout=0.0,
+        seq_classif_dropout=0.0,
+    ),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=50, n_positions=40, n_embd=32, n_layer=3, n_head=4, num_labels=3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0,
+    ),
+}  # fmt: skip
+
+
+def narrow_shape(config: Any, rank: int = 0, layers: int = 2) -> Shape:
+    """Of 3 layers some, of 4 heads 3, of 64 neurons 24."""
+    return Shape(tuple(range(layers)), ((0, 1, 2),) * layers, (tuple(range(24)),) * layers, config.vocab_size, rank)
+
+
+def student_of(config: Any, shape: Shape, train_embeddings: bool) -> Any:
+    config.num_hidden_layers = len(shape.layers)
+    student = build(config, shape)
+    freeze_embeddings(student, train_embeddings)
+    set_training(student)
+    return student
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    pieces = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 47 + 3
+    return {"input_ids": pieces, "attention_mask": torch.ones_like(pieces)}
+
+
+@pytest.mark.parametrize("train_embeddings", [False, True])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_operations_and_weights_are_those_that_torch_counts(family, rank, train_embeddings):
+    if family == "electra" and rank:
+        rank = 6  # below its narrow embedding
+    config = CONFIGS[family]()
+    shape = narrow_shape(config, rank)
+    size = size_of(config, shape, train_embeddings)
+    student = student_of(config, shape, train_embeddings)
+    with FlopCounterMode(display=False) as forward:
+        logits = student(**inputs()).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert forward_flops(size, ROWS, LENGTH) == forward.get_total_flops()
+    assert training_flops(size, ROWS, LENGTH) == forward.get_total_flops() + backward.get_total_flops()
+    assert weight_bytes(size) == sum(weight.nbytes for weight in student.parameters())
+    assert size.trained == sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
+
+
+def test_operations_of_a_layer_by_hand():
+    config = CONFIGS["bert"]()
+    one, two = (forward_flops(size_of(config, narrow_shape(config, layers=n)), 1, 10) for n in (1, 2))
+    # 3 heads of width 8: 4 products of 32 x 24, 2 of 32 x 24, at 10 positions; 10 x 10 x 24, twice
+    assert two - one == 2 * 10 * (4 * 32 * 24 + 2 * 32 * 24) + 2 * (2 * 10 * 10 * 24)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_layer_keeps_for_the_backward_pass_what_torch_saves(family):
+    saved, predicted = [], []
+    for layers in (1, 2):
+        config = CONFIGS[family]()
+        shape = narrow_shape(config, layers=layers)
+        predicted.append(activation_bytes(size_of(config, shape), ROWS * LENGTH, LENGTH))
+        saved.append(saved_bytes(student_of(config, shape, train_embeddings=False)))
+    assert predicted[1] - predicted[0] == saved[1] - saved[0]
+
+
+def saved_bytes(student: Any) -> int:
+    """Bytes of the storages that autograd keeps, weights apart."""
+    own = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = student(**inputs()).logits  # kept alive, or storages would share places
+    assert logits.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def cost_of(profile: dict[str, float], **keys: Any) -> tuple[Cost, DeviceProfile]:
+    device = DeviceProfile.model_validate({**PRESETS["laptop"], **profile})
+    flat = {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    return predict_cost(reference(), reference(), device, Work.of(from_flat(flat))), device
+
+
+def test_a_device_trains_the_reference_at_the_speed_that_it_says():
+    per_piece, _ = operations_per_piece()
+    device = DeviceProfile.model_validate({**PRESETS["laptop"], "tokens-per-s": 1000.0, "training-layer-ms": 0.0})
+    assert Speed.of(device).training == pytest.approx(1000 * per_piece)
+    assert Speed.of(device).step(reference(), 32, 32) == pytest.approx(32 * 32 / 1000)
+
+
+def test_a_round_by_hand():
+    # 86 examples of 32 pieces, 14 % padding on top: 100 rows, 3,200 pieces, 4 batches of at most 1,024
+    profile = {"tokens-per-s": 1000, "layer-ms": 10, "training-layer-ms": 100, "examples": 86, "length": 32}
+    cost, device = cost_of({**profile, "bandwidth-mbit": 8, "watts": 3}, server__packing="off")
+    megabytes = 4 * reference().trained / 1e6
+    assert cost.compute_s == pytest.approx(3.2 + 4 * 3 * 0.1)
+    assert (cost.up_mb, cost.down_mb) == (pytest.approx(megabytes), pytest.approx(megabytes))
+    assert cost.transfer_s == pytest.approx(2 * megabytes)  # 8 Mbit/s are a megabyte a second
+    assert cost.energy_j == pytest.approx(3 * (cost.compute_s + cost.transfer_s))
+    assert cost.latency_ms == pytest.approx(32 / device.single_tokens_per_s * 1e3 + 3 * 10)
+
+
+def test_the_wire_decides_what_travels_up():
+    plain = cost_of({}, server__packing="off")[0].up_mb
+    assert cost_of({})[0].up_mb == pytest.approx(2 * plain)  # exact sums are int64
+    assert cost_of({}, server__wire="fp16")[0].up_mb == pytest.approx(plain / 2)
+    assert cost_of({}, server__wire="int8")[0].up_mb == pytest.approx(plain / 4)
+
+
+def test_losses_on_inner_states_cost_the_teacher_beside_the_student():
+    plain, deep = cost_of({})[0], cost_of({}, distill__hidden_weight=1.0)[0]
+    assert deep.compute_s > plain.compute_s * 1.3  # a forward pass to a forward and a backward pass
+    assert deep.training_mb > plain.training_mb
+
+
+def test_what_is_smaller_costs_less():
+    config = CONFIGS["bert"]()
+    large = Shape.whole(config, (0, 1, 2))
+    device = DeviceProfile.model_validate(PRESETS["pi"])
+    work = Work.of(from_flat({}))
+    teacher = size_of(config, large)
+    for small in (
+        replace(large, layers=large.layers[:2], heads=large.heads[:2], neurons=large.neurons[:2]),
+        replace(large, heads=((0, 1),) * 3),
+        replace(large, neurons=(tuple(range(32)),) * 3),
+    ):
+        less, more = (predict_cost(size_of(config, shape), teacher, device, work) for shape in (small, large))
+        for name in ("training_mb", "latency_ms", "compute_s", "transfer_s", "up_mb", "energy_j"):
+            assert getattr(less, name) < getattr(more, name), name

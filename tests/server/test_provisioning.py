@@ -1,0 +1,96 @@
+"""The lattice of students and the choice of one for a device."""
+
+import pytest
+
+from common.config import from_flat
+from common.cost import Work, predict_cost
+from common.devices import PRESETS, DeviceProfile
+from common.errors import InputError
+from common.models import count_parameters, load_teacher
+from common.slim import cut_student
+from server.provisioning import choose_student, make_lattice
+from server.teacher import find_teacher
+
+
+def lattice_of(teacher, **keys):
+    flat = {"teacher.model": str(teacher), "student.layers": 3, "data.max-length": 32}
+    config = from_flat(flat | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+    return config, make_lattice(config, find_teacher(str(teacher)))
+
+
+def device(**figures: float) -> DeviceProfile:
+    return DeviceProfile.model_validate({**PRESETS["laptop"], **{k.replace("_", "-"): v for k, v in figures.items()}})
+
+
+def test_the_lattice_is_ordered_and_every_student_is_a_beginning_of_the_largest(tiny_teacher):
+    _, lattice = lattice_of(tiny_teacher)
+    top = lattice.students[0].shape
+    assert len(lattice.students) == 3 * 2 * 4  # of 2 heads there are 2 and 1; of 32 neurons 32, 24, 16 and 8
+    parameters = [student.size.parameters for student in lattice.students]
+    assert parameters == sorted(parameters, reverse=True)
+    for student in lattice.students:
+        shape = student.shape
+        assert shape.layers == top.layers[: len(shape.layers)]
+        assert all(kept == whole[: len(kept)] for kept, whole in zip(shape.heads, top.heads, strict=False))
+        assert all(kept == whole[: len(kept)] for kept, whole in zip(shape.neurons, top.neurons, strict=False))
+
+
+def test_parameters_are_those_of_the_students_that_are_really_cut(tiny_teacher):
+    _, lattice = lattice_of(tiny_teacher, student__embedding_rank=3)
+    teacher = load_teacher(tiny_teacher)
+    assert lattice.teacher.parameters == count_parameters(teacher)
+    for student in (lattice.students[0], lattice.students[9], lattice.students[-1]):
+        assert student.size.parameters == count_parameters(cut_student(teacher, student.shape))
+
+
+def test_the_keys_are_the_top_of_the_lattice(tiny_teacher):
+    _, lattice = lattice_of(tiny_teacher, student__layers=2, student__heads=1, student__neurons=12)
+    assert lattice.students[0].name == "2/1/12"
+    assert len(lattice.students) == 2 * 1 * 4
+    _, trimmed = lattice_of(tiny_teacher, student__target_ratio=0.77)
+    assert 0.76 < trimmed.students[0].size.parameters / trimmed.teacher.parameters <= 0.77
+    assert len({student.shape.pieces for student in trimmed.students}) == 1
+
+
+def test_only_students_that_the_losses_can_train(tiny_teacher):
+    _, lattice = lattice_of(tiny_teacher, distill__hidden_layers="0:1,1:2")  # needs two layers
+    assert {student.size.layers for student in lattice.students} == {3, 2}
+
+
+def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):
+    config, lattice = lattice_of(tiny_teacher)
+    work = Work.of(config)
+    slow = {"tokens_per_s": 100.0, "layer_ms": 10.0, "single_tokens_per_s": 1e9, "max_seconds": 1e6, "energy_j": 1e9}
+    choice = choose_student(lattice, device(**slow, latency_ms=25.0), work)
+    assert choice.best is not None
+    assert choice.best.name == "2/2/32"  # three layers take 30 ms
+    assert {refusal.reason for refusal in choice.refused} == {"latency 30 ms > 25 ms"}
+    larger = [student for student in lattice.students if student.size.parameters > choice.best.size.parameters]
+    assert [refusal.candidate for refusal in choice.refused] == larger
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [("memory_mb", "memory"), ("latency_ms", "latency"), ("max_seconds", "round"), ("energy_j", "energy")],
+)
+def test_each_budget_binds(tiny_teacher, budget, reason):
+    config, lattice = lattice_of(tiny_teacher)
+    choice = choose_student(lattice, device(**{budget: 1e-9}), Work.of(config))
+    assert choice.best is None
+    assert len(choice.refused) == len(lattice.students)
+    assert all(refusal.reason.startswith(f"{reason} ") for refusal in choice.refused)
+
+
+def test_a_budget_that_is_just_met_is_met(tiny_teacher):
+    config, lattice = lattice_of(tiny_teacher)
+    work, top = Work.of(config), lattice.students[0]
+    exact = predict_cost(top.size, lattice.teacher, device(), work).training_mb
+    assert choose_student(lattice, device(memory_mb=exact), work).best == top
+    less = choose_student(lattice, device(memory_mb=exact * (1 - 1e-7)), work).refused[0].reason
+    needed, budget = (text.split()[-2] for text in less.split(" > "))
+    assert needed != budget, less  # told apart, however close
+
+
+def test_more_than_the_teacher_has(tiny_teacher):
+    with pytest.raises(InputError, match=r"student.heads = 3: the teacher has 2"):
+        lattice_of(tiny_teacher, student__heads=3)

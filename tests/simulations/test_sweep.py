@@ -1,0 +1,115 @@
+"""The table of a sweep, and what is refused before anything starts."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from common.config import load_config, read_settings
+from common.errors import InputError
+from simulations.child import as_settings
+from simulations.sweep import Done, by_task, sweep, sweep_sheet, write_results
+from simulations.sweep_file import read_sweep
+from simulations.table import show
+
+FILE = """
+seeds = [0, 1]
+tasks = ["sst2", "cola"]
+ceiling = true
+[arms.base]
+[arms.small]
+student.layers = 2
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "a.toml").write_text(FILE)
+    return read_sweep(tmp_path / "a.toml")
+
+
+def done(student, teacher, ceiling, held):
+    found = {"validation.student": student, "validation.teacher": teacher, "federated.student": held}
+    return Done(
+        "completed",
+        metric="accuracy",
+        found={**found, "federated.teacher": 0.8, "params.student": 30, "params.teacher": 120, "ceiling": ceiling},
+    )
+
+
+@pytest.fixture
+def results(plan):
+    found = dict.fromkeys(plan.runs, Done())
+    scores = {("sst2", 0): 0.8, ("sst2", 1): 0.9, ("cola", 0): 0.4, ("cola", 1): 0.6}
+    for run in plan.runs:
+        if run.arm == "base":
+            found[run] = done(scores[run.task, run.seed], 1.0 if run.task == "sst2" else 0.5, 1.0, 0.4)
+        elif (run.task, run.seed) == ("sst2", 0):
+            found[run] = done(0.7, 1.0, None, 0.2)
+        else:
+            found[run] = Done("failed", problem="no room")
+    return found
+
+
+def test_each_arm_has_its_average_and_its_tasks(plan, results):
+    sheet = sweep_sheet(plan, results)
+    base, small = sheet.sections
+    # average: 0.6 and 0.75 of a teacher's 0.75; 0.675 +- 0.106
+    assert base[0] == ("base", "67.5 ±10.6", "90.0%", "40.0 ±0.0", "50.0%", "25.0%", "67.5%")
+    assert base[1] == ("  sst2", "85.0 ±7.1", "85.0%", "40.0 ±0.0", "50.0%", "25.0%", "85.0%")
+    assert base[2] == ("  cola", "50.0 ±14.1", "100.0%", "40.0 ±0.0", "50.0%", "25.0%", "50.0%")
+    assert small[0] == ("small (0 of 2)", "-", "-", "-", "-", "-", "-")
+    assert small[1] == ("  sst2 (1 of 2)", "70.0", "70.0%", "20.0", "25.0%", "25.0%", "-")
+
+
+def test_it_fits_80_columns(plan, results, capsys):
+    show(Console(width=100), sweep_sheet(plan, results))
+    assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_with_one_task_an_arm_is_one_row(tmp_path):
+    (tmp_path / "a.toml").write_text("[arms.a]\n[arms.b]\nrounds = 2")
+    plan = read_sweep(tmp_path / "a.toml")
+    [rows] = sweep_sheet(plan, dict.fromkeys(plan.runs, done(0.5, 1.0, None, 0.4))).sections
+    assert [row[:3] for row in rows] == [("a", "50.0", "50.0%"), ("b", "50.0", "50.0%")]
+
+
+def test_the_json_holds_every_run_and_the_same_numbers(plan, results, tmp_path):
+    write_results(plan, results, tmp_path)
+    found = json.loads((tmp_path / "sweep.json").read_text())["arms"]
+    assert found["small"]["keys"] == {"student.layers": 2}
+    assert found["base"]["average"]["kept"]["validation.kept"] == pytest.approx(0.9)
+    assert found["base"]["tasks"]["cola"]["measured"]["validation.student"]["mean"] == pytest.approx(0.5)
+    runs = found["small"]["tasks"]["sst2"]["runs"]
+    assert [(run["seed"], run["status"], run["problem"], run["folder"]) for run in runs] == [
+        (0, "completed", "", "small/sst2/seed-0"),
+        (1, "failed", "no room", "small/sst2/seed-1"),
+    ]
+    assert "| base | 67.5 ±10.6 | 90.0% |" in (tmp_path / "sweep.md").read_text()
+    assert set(by_task(plan, results, "small")["cola"]) == set()
+
+
+def test_a_folder_in_use_is_left_alone(plan, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"out: not an empty folder; --resume to continue"):
+        sweep(plan, tmp_path / "out")
+    with pytest.raises(InputError, match="a file; give a folder"):
+        sweep(plan, tmp_path / "out" / "mine.txt")
+
+
+def test_a_run_of_other_keys_is_not_continued(plan, tmp_path):
+    folder = tmp_path / "out" / "base" / "sst2" / "seed-0"
+    folder.mkdir(parents=True)
+    other = load_config(None, ["task=sst2", "student.layers=1", "rounds=9"])
+    (folder / "config.toml").write_text(other.toml())
+    with pytest.raises(InputError, match=r"seed-0: --resume with another configuration: rounds = 5 \(was 9\), stud"):
+        sweep(plan, tmp_path / "out", resume=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["base"]
+
+
+def test_keys_survive_the_way_through_a_command_line():
+    keys = {"data.source": 'a "b" ü=\\', "student.layer-selection": "1", "rounds": 3, "client.lr": 1e-5, "x": True}
+    arguments = as_settings(keys)
+    assert arguments[0::2] == ["-s"] * 5
+    assert read_settings(arguments[1::2]) == keys
