@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from clients.distillation import ClientUpdate, client_final
 from clients.round_files import RoundFiles
-from clients.worker import Finished, Scored, Sums, Worker
+from clients.worker import ClientRefused, Finished, Scored, Sums, Worker
 from common.config import Config
 from common.consensus import temperature, vote
 from common.distillation import Examples, Learning, learn, learnt
@@ -81,10 +81,13 @@ class ConsensusWorker(Worker):
         store = self._store(instruction.run)
         store.save(client, number, base, {name: tensor.cpu().numpy() for name, tensor in weights.items()})
         losses = client_final(state, len(examples.rows)).losses
-        return Vote({"votes": vote(self.config.server.strategy, logits)}, len(examples.rows), losses)
+        votes = vote(self.config.server.strategy, logits, multi_label=self.data.task.multi_label)
+        return Vote({"votes": votes}, len(examples.rows), losses)
 
     def _digest(self, weights: dict[str, Any], consensus: Any, number: int, client: int) -> dict[str, Any]:
         rows = self._rows(number - 1)
+        if not torch.isfinite(consensus).all():
+            raise ClientRefused("the consensus is not finite")
         recipe = public_recipe(self._recipe(number), self.config.server, temperature(self.config))
         examples = Examples(self.pupil.data.train, rows, consensus.cpu().numpy(), self.pupil.taught)
         state = self._learn(weights, examples, recipe, seed_for(self.config.seed, "digest"), (number, client))

@@ -12,25 +12,25 @@ with distill.hard-weight, soft-weight and hidden-weight; all 1 in the paper. D i
 made small: the less right the two are, the less they teach. Neither the weight nor the other's outputs get a gradient.
 
 Unlike the paper: both are cut from one teacher and equally wide, so that hidden states are compared as they are,
-without a learnt matrix between; attention maps are not compared; KL has a temperature (distill.temperature; 1 there).
+without a learnt matrix between; attention maps are not compared; KL has a temperature (distill.temperature; 1 there);
+the server sends the mentee whole. hidden-loss = "mse" is the paper's distance.
 
 The mentee's update travels by the wire ``svd``, which is FedKD's (`common.compression`). The mentor is a file for each
 of the last rounds in which the client took part (`clients.round_files`), of its trained weights in float32. It starts
 as client.mentor-layers of the shared teacher; its embeddings stay the teacher's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clients.distillation import ClientUpdate, client_final
 from clients.round_files import RoundFiles
 from clients.worker import Worker
-from common.batches import token_budget_batches
+from common.batches import cut, token_budget_batches
 from common.config import Config
 from common.device import Compute
 from common.distillation import (
@@ -46,13 +46,15 @@ from common.distillation import (
     make_recipe,
     output_losses,
     restore,
+    shares_of,
 )
-from common.losses import HIDDEN_LOSSES
+from common.losses import HIDDEN_LOSSES, pooled
 from common.models import choose_layers, freeze_embeddings
 from common.seeding import generator, seed_for
 from common.slim import Shape, cut_student
 from common.wire import Instruction
 
+Pair = tuple[Batch, Batch]  # the same examples as the mentee and as the mentor reads them
 SMALLEST = 1e-6  # of D: two models that are surely right have nothing to divide by
 
 
@@ -116,51 +118,98 @@ def learn_together(
     torch.manual_seed(seed_for(seed, "dropout", *who))
     tokens, rows = examples.data.tokens, examples.rows
     states = begin(*mentee, recipe, tokens.vocabulary(rows) if mentee[0].words else None), begin(*mentor, recipe)
+    theirs, lengths = as_mentor_reads(examples), tokens.lengths(rows)
     try:
         for epoch in range(recipe.epochs):
             rng = generator(seed, "batches", *who, epoch)
-            for places in token_budget_batches(tokens.lengths(rows), recipe.token_budget, rng):
-                batch = batch_of(examples, places, recipe, compute)
-                step_together(*states, _with_mentors_inputs(batch, examples, places), recipe=recipe, compute=compute)
+            for places in token_budget_batches(lengths, recipe.token_budget, rng):
+                parts = cut(places, lengths, recipe.micro_budget) if recipe.micro_budget else [places]
+                passing = [
+                    (batch_of(examples, part, recipe, compute), batch_of(theirs, part, recipe, compute))
+                    for part in parts
+                ]
+                step_together(*states, passing, recipe=recipe, compute=compute)
     finally:
         restore(mentee[0])
     return states
 
 
-def step_together(mentee: Learning, mentor: Learning, batch: Batch, *, recipe: Recipe, compute: Compute) -> None:
-    """One optimiser step of both on one batch, whose ``taught`` are the mentor's inputs."""
-    own = batch.inputs
-    if mentee.vocabulary is not None:
-        own = {**own, "input_ids": torch.searchsorted(mentee.vocabulary, own["input_ids"])}
-    outputs = []
-    for state, inputs in ((mentee, own), (mentor, batch.taught)):
-        with compute.autocast():
-            outputs.append(state.student.model(**inputs, output_hidden_states=recipe.deep))
-    logits = [output.logits.float() for output in outputs]
-    mask = own["attention_mask"] if batch.places is None else batch.places[2]
-    parts = []
-    for mine, other in ((0, 1), (1, 0)):
-        soft, hard = output_losses(logits[mine], replace(batch, soft=logits[other].detach()), recipe)
-        hidden = logits[0].new_zeros(())
-        if recipe.deep:
-            first, second = (output.hidden_states for output in outputs)
-            pairs = [compared(first[s + 1].float(), second[t + 1].float(), batch) for s, t in recipe.hidden_pairs]
-            distance = HIDDEN_LOSSES[recipe.hidden_loss]
-            hidden = torch.stack([distance(pair[mine], pair[other].detach(), mask) for pair in pairs]).mean()
-        parts.append({"soft": soft.mean(), "hard": hard.mean(), "hidden": hidden})
-    both = (parts[0]["hard"] + parts[1]["hard"]).detach()
-    found = [mutual_loss(**part, both=both, weights=recipe.weights) for part in parts]
-    for state in (mentee, mentor):
+def as_mentor_reads(examples: Examples) -> Examples:
+    """The same in the teacher's pieces, in which a mentor reads."""
+    if examples.taught is None:
+        return examples
+    return replace(examples, data=replace(examples.data, tokens=examples.taught), taught=None)
+
+
+def step_together(
+    mentee: Learning, mentor: Learning, parts: Sequence[Pair], *, recipe: Recipe, compute: Compute
+) -> None:  # fmt: skip
+    """One optimiser step of both on one batch, in its parts.
+
+    D is that of the whole batch. Where that has several parts it is found by a pass of its own, without gradients: with
+    dropout it is then of other draws.
+    """
+    states = mentee, mentor
+    shares = shares_of([own for own, _ in parts])
+    examples = sum(len(own.soft) for own, _ in parts)
+    both = task_losses(states, parts, recipe, compute) if len(parts) > 1 else None
+    for state in states:
         state.student.optimizer.zero_grad(set_to_none=True)
-    torch.stack(found).sum().backward()  # no term has a gradient in both
-    for state in (mentee, mentor):
+    for pair, share in zip(parts, shares, strict=True):
+        losses = part_losses(states, pair, recipe, compute)
+        divisor = (losses[0]["hard"] + losses[1]["hard"]).detach() if both is None else both
+        weights = {name: recipe.weights[name] * share[name] for name in share}
+        found = [mutual_loss(**part, both=divisor, weights=weights) for part in losses]
+        torch.stack(found).sum().backward()  # no term has a gradient in both
+        nothing = torch.zeros_like(divisor)
+        told = torch.stack([found[0], *(losses[0].get(name, nothing) for name in share)]).detach().double()
+        mentee.totals += told * told.new_tensor([examples, *(examples * part for part in share.values())])
+    mentee.seen += examples
+    for state in states:
         if recipe.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
         state.student.optimizer.step()
-    size, nothing = len(logits[0]), torch.zeros_like(both)
-    own_parts = [found[0], *(parts[0].get(name, nothing) for name in recipe.weights)]
-    mentee.totals += torch.stack(own_parts).detach().double() * size
-    mentee.seen += size
+
+
+@torch.no_grad()
+def task_losses(states: Sequence[Learning], parts: Sequence[Pair], recipe: Recipe, compute: Compute) -> Tensor:
+    """D of a batch, (): the two models' losses on labels, each a mean over the batch, added up."""
+    found = [
+        output_losses(_said(state, batch, recipe, compute)[0], batch, recipe)[1]
+        for pair in parts
+        for state, batch in zip(states, pair, strict=True)
+    ]
+    return torch.cat(found).sum() / sum(len(own.soft) for own, _ in parts)
+
+
+def part_losses(states: Sequence[Learning], pair: Pair, recipe: Recipe, compute: Compute) -> list[dict[str, Tensor]]:
+    """The parts of the mentee's and of the mentor's loss on some examples, each ()."""
+    batch = pair[0]
+    (first, inside), (second, beside) = (
+        _said(state, own, recipe, compute) for state, own in zip(states, pair, strict=True)
+    )
+    logits = first, second
+    mask = batch.inputs["attention_mask"] if batch.places is None else batch.places[2]
+    pairs = [
+        compared(inside[s + 1].float(), beside[t + 1].float(), batch) for s, t in recipe.hidden_pairs * recipe.deep
+    ]
+    distance = HIDDEN_LOSSES[recipe.hidden_loss]
+    found = []
+    for mine, other in ((0, 1), (1, 0)):
+        soft, hard = output_losses(logits[mine], replace(batch, soft=logits[other].detach()), recipe)
+        far = [distance(states[mine], states[other].detach(), mask) for states in pairs] or [soft.new_zeros(())]
+        found.append({"soft": soft.mean(), "hard": hard.mean(), "hidden": torch.stack(far).mean()})
+    return found
+
+
+def _said(state: Learning, batch: Batch, recipe: Recipe, compute: Compute) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(examples, classes) a model's logits, and (windows, length, hidden) of each of its layers where they are read."""
+    inputs = batch.inputs
+    if state.vocabulary is not None:
+        inputs = {**inputs, "input_ids": torch.searchsorted(state.vocabulary, inputs["input_ids"])}
+    with compute.autocast():
+        output = state.student.model(**inputs, output_hidden_states=recipe.deep)
+    return pooled(output.logits, batch.pooling), output.hidden_states or ()
 
 
 def mutual_loss(
@@ -169,14 +218,3 @@ def mutual_loss(
     """One model's loss, (), from its parts; ``both``: the two models' losses on labels added up."""
     mutual = weights["soft"] * soft + weights["hidden"] * hidden
     return weights["hard"] * hard + mutual / both.clamp_min(SMALLEST)
-
-
-def _with_mentors_inputs(batch: Batch, examples: Examples, places: Any) -> Batch:
-    """The mentor cuts text as the teacher does."""
-    if batch.taught:
-        return batch
-    if examples.taught is None:
-        return replace(batch, taught=batch.inputs)
-    device = batch.soft.device
-    tensors = examples.taught.batch(np.asarray(examples.rows[places]))
-    return replace(batch, taught={name: tensor.to(device) for name, tensor in tensors.items()})

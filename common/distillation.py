@@ -269,14 +269,10 @@ def set_gradients(
     Returns:
         Of each part what it adds to `Learning.totals`.
     """
-    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
+    examples = sum(len(part.soft) for part in parts)
     state.student.optimizer.zero_grad(set_to_none=True)
     totals = []
-    for batch in parts:
-        # a mean over the batch is made of the parts' means, each by its share of what the mean is over
-        shares = {
-            name: batch.positions / positions if name in BY_PLACE else len(batch.soft) / examples for name in PARTS
-        }
+    for batch, shares in zip(parts, shares_of(parts), strict=True):
         weights = {name: recipe.weights[name] * share for name, share in shares.items()}
         found = _parts(state, batch, recipe, compute, teacher)
         loss = torch.stack([weights[name] * part for name, part in found.items() if name in DEEP]).sum() + _outer(
@@ -286,6 +282,18 @@ def set_gradients(
         told = torch.stack([loss, *(found[name].mean() for name in PARTS)]).detach().double()
         totals.append(told * told.new_tensor([examples, *(examples * shares[name] for name in PARTS)]))
     return totals
+
+
+def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:
+    """How much each part of a batch adds to the means over the batch that make up the loss, by `PARTS`.
+
+    A mean over the batch is made of the parts' means, each by its share of what the mean is over.
+    """
+    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
+    return [
+        {name: part.positions / positions if name in BY_PLACE else len(part.soft) / examples for name in PARTS}
+        for part in parts
+    ]
 
 
 def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.consensus import consensus, temperature
 from server.ensemble import distil_from, rows_of_round
-from server.intake import Intake, Votes
+from server.intake import Chances, Intake, Votes
 from server.method import Averaging, Memory, Weights
 from server.rules import MeanUpdate
 
@@ -27,11 +27,15 @@ class Consensus(Averaging):
         return {"consensus": memory["consensus"].astype(np.float32)}
 
     def intake(self, number: int, weights: Weights, sizes: Mapping[int, int]) -> Intake:
-        rows = rows_of_round(self.federation, number)
-        return Votes({"votes": (len(rows), self.federation.data.task.num_labels)}, sizes)
+        task, rows = self.federation.data.task, rows_of_round(self.federation, number)
+        shapes = {"votes": (len(rows), task.num_labels)}
+        if self.config.server.strategy == "fedmd":
+            return Votes(shapes, sizes)
+        return Chances(shapes, sizes, whole=not task.multi_label)
 
     def step(self, number: int, weights: Weights, update: MeanUpdate, intake: Intake, memory: Memory) -> Weights:
-        target = consensus(self.config.server.strategy, update["votes"])
+        multi_label = self.federation.data.task.multi_label
+        target = consensus(self.config.server.strategy, update["votes"], multi_label=multi_label)
         memory["consensus"] = target.astype(np.float64)
         rows = rows_of_round(self.federation, number)
         learnt, loss = distil_from(

@@ -14,9 +14,17 @@ from numpy.typing import NDArray
 
 from common.compression import Wire, decompress
 from common.config import ROBUST, ServerKeys
-from common.fixed_point import ExactSum, mean
-from common.wire import ClientLine, Shapes, only_updates_of, unpack_lines, unpack_own_update, unpack_update
-from server.aggregation import RunningSum, check_count
+from common.fixed_point import SCALE, ExactSum, mean
+from common.wire import (
+    ClientLine,
+    Shapes,
+    only_updates_of,
+    unpack_lines,
+    unpack_own_update,
+    unpack_sums,
+    unpack_update,
+)
+from server.aggregation import Rejected, RunningSum, check_count
 from server.robust import ROBUST_RULES, bound_norm
 
 Refused = dict[int, str]
@@ -76,10 +84,35 @@ class Summed:
 
 
 class Votes(Summed):
-    """Sums in which every client counts the same."""
+    """Sums of finite numbers in which every client counts the same."""
 
     def update(self) -> dict[str, NDArray[np.float64]]:
         return {name: mean(total, len(self.total.lines)) for name, total in self.total.totals.items()}
+
+
+class Chances(Votes):
+    """Votes that are probabilities, (n, num_labels) for each client.
+
+    Args:
+        whole: whether a client's add up to 1 in each row.
+    """
+
+    def __init__(self, shapes: Shapes, sizes: Mapping[int, int], *, whole: bool) -> None:
+        super().__init__(shapes, sizes)
+        self.whole = whole
+
+    def take(self, content: Any, clients: frozenset[int]) -> tuple[list[ClientLine], Refused]:
+        lines = unpack_lines(content, clients)
+        sums = unpack_sums(content, {"update": self.shapes})["update"]
+        said = sum(not line.problem for line in lines)
+        for name, part in sums.items():
+            # of one client: float32 is off by 2^-25 of a number, and each number is rounded once more
+            slack = said * (2.0**-23 * SCALE + part.shape[1])
+            if part.min(initial=0) < 0 or part.max(initial=0) > said * SCALE:
+                raise Rejected(f"{name}: no probabilities of {said} clients")
+            if self.whole and np.abs(part.sum(axis=1) - said * SCALE).max(initial=0) > slack:
+                raise Rejected(f"{name}: probabilities of {said} clients that do not add up to {said}")
+        return super().take(content, clients)
 
 
 class _OwnUpdates:

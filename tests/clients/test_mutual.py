@@ -1,6 +1,7 @@
 """Mutual distillation: mentor and mentee against a bare loop whose adaptive weights are worked out in NumPy."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from clients.mutual import MutualWorker, learn_together, mutual_loss
-from common.compression import decompress, wire_for
+from common.compression import compress, decompress, wire_for
 from common.config import from_flat
+from common.dataset import Split, load_tokenizer
+from common.distillation import Examples, Student
 from common.errors import InputError
+from common.inference import predict
+from common.models import freeze_embeddings, load_teacher
 from common.progress import Silent
-from common.wire import Instruction, own_update
+from common.tokens import tokenize
+from common.wire import ClientLine, Instruction, own_update, pack_reply
+from server.intake import intake_for
 from server.preparation import prepare
-from tests.conftest import make_reviews
+from tests.conftest import FP32, make_reviews, make_sentences, make_student, make_teacher
+from tests.scene import RECIPE, weighing
 
 CLIENTS = (0, 2)
 SOFT, HARD, TEMPERATURE = 0.7, 0.3, 2.0
@@ -135,6 +143,84 @@ def test_both_take_the_step_of_a_bare_loop(federation_of, hidden):
         assert compared > 300
     assert float(states[0].totals[0]) / states[0].seen == pytest.approx(expected, rel=1e-4)
     assert states[0].seen == len(examples.rows)
+
+
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory):
+    """A teacher of three classes, and twelve texts of several windows with any number of them; its own are others."""
+    folder = make_teacher(tmp_path_factory.mktemp("three"), labels=3)
+    tokenizer, texts = load_tokenizer(folder), make_sentences(12, seed=3, longest=18)
+    own, taught = (
+        tokenize((texts,), tokenizer, length, nobody, windows=windows, stride=2)
+        for length, windows in ((8, 4), (12, 2))
+    )
+    labels = (np.random.default_rng(0).random((12, 3)) < 0.4).astype(np.int64)
+    data = Split(own, labels, np.zeros((12, 16), np.uint8))
+    return load_teacher(folder), Examples(data, np.arange(12), np.zeros((12, 3), np.float32), taught)
+
+
+def both_learn(teacher, examples, recipe):
+    """Mentee, mentor, and what they have learnt from."""
+    students = []
+    for layers in ((0, 3), (0, 2, 3)):
+        model = make_student(teacher, layers)
+        students.append(Student.of(model, freeze_embeddings(model, False)))
+    pairs = [(one, {name: part.detach().clone() for name, part in one.trained.items()}) for one in students]
+    states = learn_together(*pairs, examples, recipe=recipe, compute=FP32, seed=0, who=(1, 0))
+    return students, states
+
+
+def test_each_reads_its_own_windows_and_any_number_of_classes(long_texts):
+    teacher, examples = long_texts
+    recipe = replace(RECIPE, epochs=1, token_budget=10**6, multi_label=True, clip_norm=0.0)
+    _, (state, _) = both_learn(teacher, examples, recipe)
+    models, labels = [make_student(teacher, layers) for layers in ((0, 3), (0, 2, 3))], examples.data.labels
+    tokens = examples.data.tokens, examples.taught
+    z = [predict(model, own, examples.rows, FP32).astype(float) for model, own in zip(models, tokens, strict=True)]
+    chances = [1 / (1 + np.exp(-one)) for one in z]
+    hard = [-np.log(np.where(labels > 0, p, 1 - p)).mean() for p in chances]
+    q, p = (1 / (1 + np.exp(-one / TEMPERATURE)) for one in z)
+    soft = TEMPERATURE**2 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
+    assert float(state.totals[0]) / state.seen == pytest.approx(HARD * hard[0] + SOFT * soft / sum(hard), rel=1e-4)
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(long_texts):
+    """The adaptive weight is that of the whole batch."""
+    teacher, examples = long_texts
+    examples, found = replace(examples, taught=None), []
+    for micro in (0, 40):
+        recipe = replace(weighing(RECIPE, hidden=0.5), epochs=1, token_budget=10**6, multi_label=True, clip_norm=0.0)
+        found.append(both_learn(teacher, examples, replace(recipe, micro_budget=micro)))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        for name, parameter in one.trained.items():
+            torch.testing.assert_close(other.trained[name].grad, parameter.grad, atol=1e-6, rtol=1e-3)
+    totals = [states[0].totals for _, states in found]
+    assert (totals[0][:4] > 0).all()
+    torch.testing.assert_close(totals[1], totals[0], atol=1e-5, rtol=1e-5)
+
+
+# --- the wire ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(1, {(0, 0): 1.5, (2, 2): 0.5}), (3, {(0, 0): 1.5, (1, 1): 0.75, (2, 2): 0.5, (3, 3): 0.25})],
+)
+def test_two_clients_updates_of_singular_values_2_and_1_by_hand(number, expected):
+    """4 of 5 squares are enough in round 1, not in the last; the server means what arrived, by examples."""
+    keys = from_flat({"server.strategy": "fedkd", "server.svd-energy-start": 0.7, "server.svd-energy-end": 0.95}).server
+    wire, sizes = wire_for(keys, number, 3), {0: 30, 2: 10}
+    intake = intake_for(keys, wire, {"w": (8, 8)}, sizes)
+    for client, first in ((2, 2), (0, 0)):
+        update = np.zeros((8, 8), np.float32)
+        update[first, first], update[first + 1, first + 1] = 2.0, 1.0
+        parts = compress({"w": update}, wire, np.random.default_rng(0))
+        content = pack_reply({own_update(client): parts}, [ClientLine(client, sizes[client], 0.1)])
+        assert not intake.take(content, frozenset([client]))[1]
+    matrix = np.zeros((8, 8))
+    for place, value in expected.items():
+        matrix[place] = value
+    np.testing.assert_allclose(intake.update()["w"], matrix, atol=1e-6)
 
 
 # --- the worker ----------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from common.metrics import tally
 from common.progress import Silent
 from common.public import public_recipe, public_rows
 from common.seeding import seed_for
-from common.wire import Instruction, pack_reply
+from common.wire import ClientLine, Instruction, WireError, pack_reply
+from server.aggregation import Rejected
 from server.consensus import Consensus
 from server.ensemble import put
+from server.intake import Chances
 from server.preparation import prepare
 from tests.conftest import make_reviews
 
@@ -226,3 +228,30 @@ def test_memory_that_went_through_a_checkpoint_is_the_same(fedmd):
     memory = {"consensus": consensus_of().astype(np.float64)}
     method = Consensus(fedmd, Silent(), lambda: None, lambda line: None)
     assert method.sends("train", 2, {}, memory)["consensus"].tobytes() == consensus_of().tobytes()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_no_clients_can_say_together_is_refused_and_leaves_no_trace(whole):
+    """Two clients' probabilities of two texts and three classes, in units of 2^-32."""
+    votes = exact_sum(np.array([[[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]], [[1 / 3, 1 / 3, 1 / 3], [0.0, 0.9, 0.1]]], "f4"))
+    lines = [ClientLine(0, 30, 0.1), ClientLine(2, 10, 0.1)]
+    wrong = {(1, 1): -1, (1, 0): 2**33 + 1, (0, 0): 2**62}
+    wrong |= {(0, 1): 2**32} if whole else {}  # adds up to more than 2
+    for place, value in wrong.items():
+        intake, some = Chances({"votes": (2, 3)}, {0: 30, 2: 10}, whole=whole), votes.copy()
+        some[place] = value
+        with pytest.raises(Rejected, match="probabilities of 2 clients"):
+            intake.take(pack_reply({"update": {"votes": some}}, lines), frozenset([0, 2]))
+        intake.take(pack_reply({"update": {"votes": votes}}, lines), frozenset([0, 2]))
+        np.testing.assert_allclose(intake.update()["votes"], votes / 2.0**33, rtol=1e-12)
+    for part in (votes[:1], votes.astype(np.float64)):
+        with pytest.raises(WireError, match="update/votes"):
+            intake.take(pack_reply({"update": {"votes": part}}, lines), frozenset([0, 2]))
+
+
+def test_a_consensus_that_is_not_finite_is_not_digested(fedmd, run):
+    worker, consensus = worker_of(fedmd), consensus_of()
+    consensus[3, 1] = np.nan
+    groups, lines = worker.train({"consensus": consensus}, asked(run, 2, (0, 0)), nobody)
+    assert [line.problem for line in lines] == ["the consensus is not finite"] * 2
+    assert not groups["update"]["votes"].any()

@@ -29,8 +29,22 @@ def test_ds_fl_says_probabilities_and_sharpens_their_mean():
     np.testing.assert_allclose(sharp[0], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=1e-6)
 
 
+def test_where_any_number_of_classes_is_right_each_is_a_question_with_two_answers():
+    logits = np.log(np.array([[[0.8 / 0.2, 1.0]], [[0.4 / 0.6, 0.3 / 0.7]]])).astype(np.float32)
+    votes = [vote("ds-fl", said, multi_label=True) for said in logits]
+    np.testing.assert_allclose(votes, [[[0.8, 0.5]], [[0.4, 0.3]]], rtol=1e-6)
+    mean = np.mean([said.astype(np.float64) for said in votes], axis=0)  # 0.6 and 0.4: (2 p - 1) / 0.1 is 2 and -2
+    target = consensus("ds-fl", mean, multi_label=True)
+    np.testing.assert_allclose(target, [[2.0, -2.0]], rtol=1e-5)
+    both = torch.softmax(torch.tensor([0.6, 0.4]) / 0.1, -1)  # the entropy reduction of yes and no
+    assert float(torch.sigmoid(torch.from_numpy(target))[0, 0]) == pytest.approx(float(both[0]), rel=1e-5)
+    assert (vote("fedmd", logits[0], multi_label=True) == logits[0]).all()
+
+
 def test_votes_of_large_logits_are_whole():
-    assert vote("ds-fl", np.array([[1e4, 0.0, -1e4]], np.float32)).tolist() == [[1.0, 0.0, 0.0]]
+    large = np.array([[1e4, 0.0, -1e4]], np.float32)
+    assert vote("ds-fl", large).tolist() == [[1.0, 0.0, 0.0]]
+    assert vote("ds-fl", large, multi_label=True).tolist() == [[1.0, 0.5, 0.0]]
 
 
 def test_learning_from_a_ds_fl_consensus_has_the_gradient_of_cross_entropy_with_it():
