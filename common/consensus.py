@@ -11,9 +11,9 @@ Where an example has any number of classes each class is a question with two ans
 sigmoid(z_k), and the consensus is the same entropy reduction of the two, sigmoid((2 mean - 1) / 0.1).
 
 A student learns from a consensus as from any teacher, by the soft loss of `common.losses`. What it learns from is
-handed on as logits: for ds-fl these are what stands in the softmax or the sigmoid above, which at temperature 1 give the
-consensus, and the loss is the paper's cross-entropy less a constant. For fedmd the temperature is distill.temperature;
-the paper leaves the distance open and its code takes the absolute error of logits.
+handed on as logits: for ds-fl these are what stands in the softmax or the sigmoid above, which at temperature 1 give
+the consensus, and the loss is the paper's cross-entropy less a constant. For fedmd the temperature is
+distill.temperature; the paper leaves the distance open and its code takes the absolute error of logits.
 
 A round t: the clients of the cohort, each from the student that it has on its own disk, *digest* the consensus of round
 t - 1 (there is none in round 1), then *revisit* their own text with the usual losses, then say v_k for the public texts
