@@ -9,10 +9,13 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.consensus import ConsensusWorker
+from clients.mutual import MutualWorker
 from clients.worker import Finished, Worker
 from common.config import from_flat
 from common.errors import place_of
@@ -20,6 +23,7 @@ from common.wire import Instruction, pack_reply, unpack_instruction, unpack_stud
 
 app = ClientApp()
 NEEDS = ("teacher", "teacher_hash", "dataset", "student", "student_hash")  # of an instruction, what a worker is made of
+WORKERS: dict[str, type[Worker]] = {"fedmd": ConsensusWorker, "ds-fl": ConsensusWorker, "fedkd": MutualWorker}
 
 _resident: dict[str, Worker] = {}  # at most one: a new run replaces it
 
@@ -49,8 +53,7 @@ def train(message: Message, context: Context) -> Message:
     """Distil the student on each listed client; reply with the sum of the updates, or with each."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        arrays = unpack_student(message.content, worker.brought(instruction.clients))
-        return pack_reply(*worker.train(arrays, instruction, finished))
+        return pack_reply(*worker.train(_arrays(message, "train", instruction, worker), instruction, finished))
 
     return _answer(message, work)
 
@@ -60,10 +63,15 @@ def evaluate(message: Message, context: Context) -> Message:
     """Score student and teacher on each listed client's held-out data; reply with summed statistics."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        arrays = unpack_student(message.content, worker.brought(instruction.clients))
-        return pack_reply(*worker.evaluate(arrays, instruction.clients, finished))
+        arrays = _arrays(message, "evaluate", instruction, worker)
+        return pack_reply(*worker.evaluate(arrays, instruction, finished))
 
     return _answer(message, work)
+
+
+def _arrays(message: Message, kind: str, instruction: Instruction, worker: Worker) -> dict[str, Any]:
+    shapes = worker.expects(kind, instruction)
+    return unpack_student(message.content, shapes) if shapes else {}
 
 
 def _answer(message: Message, work: Callable[[Instruction, Worker, Finished], RecordDict]) -> Message:
@@ -98,7 +106,8 @@ def _worker(instruction: Instruction) -> Worker:
     name = json.dumps([instruction.config, needs])
     if name not in _resident:
         _resident.clear()
-        _resident[name] = Worker(from_flat(json.loads(instruction.config)), **needs)
+        config = from_flat(json.loads(instruction.config))
+        _resident[name] = WORKERS.get(config.server.strategy, Worker)(config, **needs)
     return _resident[name]
 
 

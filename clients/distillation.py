@@ -20,13 +20,18 @@ class ClientUpdate:
     Attributes:
         arrays: the update, trained minus received weights, float32 by parameter name; of the word embedding
             the rows of the client's own word pieces. They last until the next client.
-        examples: the weight, the client's number of training examples.
+        examples: the client's number of training examples.
         losses: mean loss, and its parts by name.
     """
 
     arrays: dict[str, NDArray[np.float32] | Rows]
     examples: int
     losses: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """Its weight in the sum."""
+        return self.examples
 
 
 def distil(

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from clients.distillation import ClientUpdate, distil
-from clients.error_feedback import ErrorFeedback, MissingFeedback, compress_with_feedback
+from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
+from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
 from common.compression import Wire, compress, wire_for
 from common.config import AUTO_BUDGET, Config
@@ -38,7 +39,7 @@ from common.pupil import open_pupil
 from common.seeding import generator
 from common.store import cache_folder
 from common.tiers import assign_tiers, group_name
-from common.wire import NOT_FINITE, ClientLine, Instruction, own_update
+from common.wire import NOT_FINITE, ClientLine, Instruction, Shapes, own_update
 
 Groups = Mapping[str, Mapping[str, NDArray[Any] | Rows]]
 AT_ONCE = 256  # examples that share a frozen model's blocks: small shards alone would leave most rows empty
@@ -99,7 +100,7 @@ class Worker:
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }
-        self.feedback = cache / "error-feedback"
+        self.cache = cache
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 
     @property
@@ -107,9 +108,13 @@ class Worker:
         """Of the arrays that are trained."""
         return self.tiers.shapes
 
-    def brought(self, clients: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The arrays that a message for these clients must bring: no more than the largest of their students."""
-        return self.tiers[max(int(self.tier_of[client]) for client in clients)].sent
+    def expects(self, kind: str, instruction: Instruction) -> Shapes:
+        """The arrays that a message of this kind brings: no more than the largest of its clients' students."""
+        return self.tiers[max(int(self.tier_of[client]) for client in instruction.clients)].sent
+
+    def totals(self, tier: int, round_number: int) -> Shapes:
+        """The arrays of a round's sum."""
+        return self.tiers[tier].held
 
     def teach(self, clients: Sequence[int], finished: Finished) -> list[ClientLine]:
         """Make sure that the teacher's outputs for all rows of these clients are on disk."""
@@ -125,8 +130,7 @@ class Worker:
 
     def weigh(self, clients: Sequence[int], finished: Finished) -> tuple[Groups, list[ClientLine]]:
         """The sum over some clients of how much each head and neuron of the student matters on their examples."""
-        shape, teacher = self.pupil.shape, self.teacher.config
-        recipe = make_recipe(self.config, 1, shape, teacher, self.data.task.regression)
+        shape, recipe = self.pupil.shape, self._recipe(1)
         total = ExactSum({"heads": _matrix(shape.heads), "neurons": _matrix(shape.neurons)})
         lines = []
         for client in clients:
@@ -162,10 +166,9 @@ class Worker:
         """
         tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
-        weights = {tier: self.tiers.part(tier, tensors) for tier in tiers}
         growing = self.config.client.grow_batch
         extra = SQUARES_SHAPE if growing else {}
-        totals = {tier: ExactSum(self.tiers[tier].held | extra) for tier in tiers}
+        totals = {tier: ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -173,10 +176,10 @@ class Worker:
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
-                update = self._train_one(weights[tier], instruction, client)
+                update = self._train_one(tensors, instruction, client, base)
                 if packed:
                     squares = squares_of(update.arrays) if growing else {}
-                    totals[tier].add(update.arrays | squares, update.examples)
+                    totals[tier].add(update.arrays | squares, update.weight)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -188,15 +191,16 @@ class Worker:
         return (sums if packed else groups), lines
 
     def evaluate(
-        self, arrays: dict[str, NDArray[np.float32]], clients: Sequence[int], finished: Finished
+        self, arrays: dict[str, NDArray[np.float32]], instruction: Instruction, finished: Finished
     ) -> tuple[Groups, list[ClientLine]]:
         """Statistics of each tier's student, and of the teacher, on the held-out rows of the tier's clients."""
         tensors = {name: _tensor(array) for name, array in arrays.items()}
         groups: dict[str, dict[str, NDArray[np.int64]]] = {}
         lines = []
-        for tier in sorted({int(self.tier_of[client]) for client in clients}):
-            self.tiers.load(tier, tensors)
-            chosen = [client for client in clients if self.tier_of[client] == tier]
+        for tier in sorted({int(self.tier_of[client]) for client in instruction.clients}):
+            if tensors:
+                self.tiers.load(tier, tensors)
+            chosen = [client for client in instruction.clients if self.tier_of[client] == tier]
             length = statistics_length(self.spec)
             student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
             for chunk in self._together(chosen, lambda client: len(self.data.shard(client).heldout)):
@@ -266,18 +270,19 @@ class Worker:
         }
         if wire.kind == "fp32":  # as they are: copies, because the next client trains in the same place
             return {name: part.copy() for name, part in compress(arrays, wire, rng).items()}
-        memory = ErrorFeedback(self.feedback / instruction.run, self.config.server.keep_checkpoints)
+        memory = ErrorFeedback(self.cache / "error-feedback" / instruction.run, self.config.server.keep_checkpoints)
         parts, residual = compress_with_feedback(arrays, memory.load(client, base, self.shapes), wire, rng)
         memory.save(client, number, base, residual)
         return parts
 
-    def _train_one(self, weights: dict[str, Any], instruction: Instruction, client: int) -> ClientUpdate:
+    def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
+        """What a client makes of the tensors of a message; ``base``: the round of its last answer that was taken."""
         tier, teacher = int(self.tier_of[client]), self.teacher.config
-        recipe = make_recipe(self.config, instruction.round, self.pupil.shape, teacher, self.data.task.regression)
+        recipe = self._recipe(instruction.round)
         if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
             recipe = replace(recipe, token_budget=instruction.token_budget)
         recipe = self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher)
-        examples = self._examples(client)
+        weights, examples = self.tiers.part(tier, received), self._examples(client)
         return distil(
             self.students[tier],
             weights,
@@ -289,6 +294,9 @@ class Worker:
             teacher=self.teacher,
             room=self._room(tier, weights, examples, recipe),
         )
+
+    def _recipe(self, round_number: int) -> Recipe:
+        return make_recipe(self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression)
 
     def _room(self, tier: int, weights: dict[str, Any], examples: Examples, recipe: Recipe) -> Room | None:
         """What this device has room for, where the keys leave it open; found once."""
@@ -331,4 +339,4 @@ def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused | MissingFeedback) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingState) else type(error).__name__

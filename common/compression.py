@@ -65,7 +65,7 @@ def wire_for(keys: ServerKeys, round_number: int, rounds: int) -> Wire:
     """
     progress = (round_number - 1) / (rounds - 1) if rounds > 1 else 1.0
     energy = (1.0 - progress) * keys.svd_energy_start + progress * keys.svd_energy_end  # exact at both ends
-    return Wire(keys.wire, keys.topk, energy)
+    return Wire("fp32" if keys.wire == "auto" else keys.wire, keys.topk, energy)
 
 
 def compress(update: Mapping[str, NDArray[np.float32]], wire: Wire, rng: np.random.Generator) -> Parts:

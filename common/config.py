@@ -22,12 +22,17 @@ Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Scalar = str | int | float | bool
 Strategy = Literal[
-    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum"
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
+    "feddf", "fedmd", "ds-fl", "fedkd",
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 AUTO_BUDGET = -1  # a `client.micro-budget` that is found on the device
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
+FUSED = ("feddf",)  # need it too
+VOTING = ("fedmd", "ds-fl")  # outputs on public text travel, and no weights
+PUBLIC = ("feddf", *VOTING)  # need public text
+KEEPING = (*VOTING, "fedkd")  # clients keep a model of their own on their disks
 
 
 def _kebab(name: str) -> str:
@@ -195,6 +200,9 @@ class ClientKeys(_Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the processor has it"
     )
+    mentor_layers: int = Field(
+        0, ge=0, description="of `fedkd`: layers of each client's own mentor, spread over the teacher's; 0: all of them"
+    )
     proximal: Weight = Field(0.01, description="mu of `fedprox`: how strongly a client is held to the round's weights")
 
 
@@ -215,13 +223,20 @@ class ServerKeys(_Section):
     byzantine: int = Field(
         1, ge=0, description="hostile clients a round that `trimmed-mean`, `krum` and `multi-krum` bear"
     )
+    public_sample: int = Field(
+        0, ge=0, description="public examples drawn for each round of `feddf`, `fedmd` and `ds-fl`; 0: all there are"
+    )
+    public_epochs: int = Field(1, ge=1, le=1000, description="passes over these")
+    public_lr: Rate = Field(1e-4, description="AdamW learning rate of these passes; it falls to a tenth within a round")
     norm_bound: float = Field(0.0, ge=0.0, description="scale each client's update down to this norm; 0: not")
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
         description="a worker adds its clients' updates up before they travel; auto: where rule and wire allow it",
     )
-    wire: Literal["fp32", "fp16", "int8", "topk", "svd"] = Field(
-        "fp32", description="how an update travels; all but fp32 lose something and make up for it in later rounds"
+    wire: Literal["auto", "fp32", "fp16", "int8", "topk", "svd"] = Field(
+        "auto",
+        description="how an update travels; all but fp32 lose something and make up for it in later rounds; auto: "
+        "fp32, but svd for `fedkd`",
     )
     topk: float = Field(0.06, gt=0.0, le=1.0, description="share of an update's entries that `topk` keeps")
     svd_energy_start: float = Field(
@@ -247,6 +262,8 @@ def _resolve_server(given: dict[str, Any]) -> dict[str, Any]:
     keys = dict(given)
     if keys.get("lr", 0.0) == 0.0 and type(keys.get("lr", 0.0)) in (int, float):
         keys["lr"] = 0.01 if keys.get("strategy") in ADAPTIVE else 1.0
+    if keys.get("wire", "auto") == "auto":
+        keys["wire"] = "svd" if keys.get("strategy") == "fedkd" else "fp32"
     if keys.get("packing", "auto") == "auto":
         keys["packing"] = "off" if _needs_own_updates(keys) else "on"
     return keys
@@ -254,7 +271,7 @@ def _resolve_server(given: dict[str, Any]) -> dict[str, Any]:
 
 def _needs_own_updates(keys: dict[str, Any]) -> list[str]:
     """Which of the server's keys need each client's own update."""
-    found = [f"strategy = {keys['strategy']!r}"] if keys.get("strategy") in ROBUST else []
+    found = [f"strategy = {keys['strategy']!r}"] if keys.get("strategy") in (*ROBUST, *FUSED) else []
     found += [f"norm-bound = {keys['norm-bound']}"] if keys.get("norm-bound") else []
     found += [f"wire = {keys['wire']!r}"] if keys.get("wire", "fp32") != "fp32" else []
     return [f"server.{key}" for key in found]
@@ -342,6 +359,18 @@ class Config(_Section):
             )
         if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
             raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
+        self._votes_are_no_updates()
+        self._mentors_need_labels()
+        if self.server.strategy in PUBLIC and not self.data.public_fraction:
+            raise ValueError(
+                f"data.public-fraction = 0.0: server.strategy = {self.server.strategy!r} learns on public text; "
+                "give more than 0"
+            )
+        if self.client.micro_budget == AUTO_BUDGET and self.server.strategy in KEEPING:
+            raise ValueError(
+                f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {self.server.strategy!r} a client trains "
+                "more than one model, and the probe measures one; give a number, or 0"
+            )
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         self._what_tiers_allow()
@@ -358,6 +387,8 @@ class Config(_Section):
             return
         against = _needs_own_updates(self.server.model_dump(by_alias=True))
         against += ["server.packing = 'off'"] if self.server.packing == "off" else []
+        lone = self.server.strategy in (*PUBLIC, *KEEPING)
+        against += [f"server.strategy = {self.server.strategy!r}"] if lone else []
         against += ["client.grow-batch = true"] if self.client.grow_batch else []
         against += ["student.train-embeddings = true"] if self.student.train_embeddings else []
         if against:
@@ -380,11 +411,43 @@ class Config(_Section):
                 f"client.max-token-budget = {keys.max_token_budget}: client.grow-batch = true starts from "
                 f"client.token-budget = {keys.token_budget}; give at least that"
             )
-        if self.server.strategy in ROBUST:
+        if self.server.strategy in (*ROBUST, *KEEPING):
             raise ValueError(
                 f"client.grow-batch = true: the noise scale compares clients with their mean, which server.strategy = "
                 f"{self.server.strategy!r} does not take; give false"
             )
+
+    def _votes_are_no_updates(self) -> None:
+        keys = self.server
+        if keys.strategy not in VOTING:
+            return
+        wrong = {
+            f"server.wire = {keys.wire!r}": (keys.wire != "fp32", "fp32"),
+            f"server.norm-bound = {keys.norm_bound}": (keys.norm_bound > 0, "0"),
+            f"server.packing = {keys.packing!r}": (keys.packing != "on", "auto"),
+            f"server.lr = {keys.lr}": (keys.lr != 1.0, "0"),
+        }
+        for told, (found, right) in wrong.items():
+            if found:
+                raise ValueError(f"{told}: with server.strategy = {keys.strategy!r} no update travels; give {right}")
+        if keys.strategy == "ds-fl" and self.task == "stsb":
+            raise ValueError("server.strategy = 'ds-fl': it averages probabilities, and stsb has none; give 'fedmd'")
+
+    def _mentors_need_labels(self) -> None:
+        keys = self.distill
+        if self.server.strategy != "fedkd":
+            return
+        wrong = {
+            f"distill.hard-weight = {keys.hard_weight}": (keys.hard_weight == 0, "more than 0: it learns from labels"),
+            f"distill.weighting = {keys.weighting!r}": (keys.weighting != "constant", "constant: it weighs by itself"),
+            f"distill.cls-weight = {keys.cls_weight}": (keys.cls_weight > 0, "0, or distill.hidden-weight"),
+            f"distill.relation-weight = {keys.relation_weight}": (
+                keys.relation_weight > 0, "0, or distill.hidden-weight",
+            ),
+        }  # fmt: skip
+        for told, (found, right) in wrong.items():
+            if found:
+                raise ValueError(f"{told}: server.strategy = 'fedkd' does not use it so; give {right}")
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""

@@ -315,14 +315,10 @@ def set_gradients(
     Returns:
         Of each part what it adds to `Learning.totals`.
     """
-    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
+    examples = sum(len(part.soft) for part in parts)
     state.student.optimizer.zero_grad(set_to_none=True)
     totals = []
-    for batch in parts:
-        # a mean over the batch is made of the parts' means, each by its share of what the mean is over
-        shares = {
-            name: batch.positions / positions if name in BY_PLACE else len(batch.soft) / examples for name in PARTS
-        }
+    for batch, shares in zip(parts, shares_of(parts), strict=True):
         weights = {name: recipe.weights[name] * share for name, share in shares.items()}
         found = _parts(state, batch, recipe, compute, teacher)
         loss = torch.stack([weights[name] * part for name, part in found.items() if name in DEEP]).sum() + _outer(
@@ -334,6 +330,18 @@ def set_gradients(
         told = torch.stack([loss, *(found[name].mean() for name in PARTS)]).detach().double()
         totals.append(told * told.new_tensor([examples, *(examples * shares[name] for name in PARTS)]))
     return totals
+
+
+def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:
+    """How much each part of a batch adds to the means over the batch that make up the loss, by `PARTS`.
+
+    A mean over the batch is made of the parts' means, each by its share of what the mean is over.
+    """
+    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
+    return [
+        {name: part.positions / positions if name in BY_PLACE else len(part.soft) / examples for name in PARTS}
+        for part in parts
+    ]
 
 
 def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
@@ -371,12 +379,13 @@ def restore(student: Student) -> None:
         student.model.get_input_embeddings().weight = student.trained[student.words]
 
 
-def keep(state: Learning) -> None:
-    """Write the trained rows of the word embedding into the whole of it; all other weights are in the student."""
+def learnt(state: Learning, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All trained weights after learning from ``weights``; of a word embedding the rows that were not trained too."""
+    found = {name: parameter.detach() for name, parameter in state.trained.items()}
     if state.vocabulary is not None:
         words = state.student.words
-        with torch.no_grad():
-            state.student.trained[words][state.vocabulary] = state.trained[words]
+        found[words] = weights[words].index_copy(0, state.vocabulary, found[words])
+    return found
 
 
 def learn(
@@ -493,12 +502,12 @@ def _parts(state: Learning, batch: Batch, recipe: Recipe, compute: Compute, teac
     pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]
     if recipe.weights["hidden"] > 0:
         distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
-        parts["hidden"] = torch.stack([distance(*_compared(a, b, batch), mask) for a, b in pairs]).mean()
+        parts["hidden"] = torch.stack([distance(*compared(a, b, batch), mask) for a, b in pairs]).mean()
     if recipe.weights["cls"] > 0:
         parts["cls"] = torch.stack([losses.patient(a[:, 0], b[:, 0]) for a, b in pairs]).mean()
     if related:
         relation = partial(losses.relations, mask=mask, heads=recipe.relation_heads)
-        found = [relation(*_compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
+        found = [relation(*compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
         parts["relation"] = torch.stack(found).mean()
     return parts
 
@@ -516,7 +525,7 @@ def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor,
     return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
 
 
-def _compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The two (batch, length, width) at the places where they are compared."""
     if batch.places is None:
         return own, taught

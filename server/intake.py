@@ -1,8 +1,9 @@
 """What becomes of the replies of a training phase: checked, added up or kept, and turned into one update.
 
-Three ways, by configuration: nodes send sums of their clients' updates (`Summed`); each client's own update
-travels, perhaps with loss, and is added up here (`Streamed`); or all of them are kept until the end, for a rule
-that compares them (`Collected`). The first two need memory for one model, the third for one per client.
+By configuration: nodes send sums of their clients' updates (`Summed`); each client's own update travels, perhaps with
+loss, and is added up here (`Streamed`), and beside that kept for an ensemble (`Kept`); or all of them are kept until
+the end, for a rule that compares them (`Collected`). The first two need memory for one model, the others for one per
+client.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,18 @@ from numpy.typing import NDArray
 
 from common.compression import Wire, decompress
 from common.config import ROBUST, ServerKeys
-from common.fixed_point import ExactSum, mean
+from common.fixed_point import SCALE, ExactSum, mean
 from common.noise import SQUARES_SHAPE, squares_of
-from common.wire import ClientLine, Shapes, only_updates_of, unpack_lines, unpack_own_update, unpack_update
-from server.aggregation import RunningSum, check_count
+from common.wire import (
+    ClientLine,
+    Shapes,
+    only_updates_of,
+    unpack_lines,
+    unpack_own_update,
+    unpack_sums,
+    unpack_update,
+)
+from server.aggregation import Rejected, RunningSum, check_count
 from server.robust import ROBUST_RULES, bound_norm
 
 Refused = dict[int, str]
@@ -54,6 +63,8 @@ def intake_for(
     """
     if keys.strategy in ROBUST:
         return Collected(keys, wire, shapes, sizes)
+    if keys.strategy == "feddf":
+        return Kept(keys, wire, shapes, sizes, squares=squares)
     if keys.packing == "on":
         return Summed({**shapes, **(SQUARES_SHAPE if squares else {})}, sizes)
     return Streamed(keys, wire, shapes, sizes, squares=squares)
@@ -80,6 +91,38 @@ class Summed:
 
     def update(self) -> dict[str, NDArray[np.float64]]:
         return {name: mean(total, self.total.weight) for name, total in self.total.totals.items()}
+
+
+class Votes(Summed):
+    """Sums of finite numbers in which every client counts the same."""
+
+    def update(self) -> dict[str, NDArray[np.float64]]:
+        return {name: mean(total, len(self.total.lines)) for name, total in self.total.totals.items()}
+
+
+class Chances(Votes):
+    """Votes that are probabilities, (n, num_labels) for each client.
+
+    Args:
+        whole: whether a client's add up to 1 in each row.
+    """
+
+    def __init__(self, shapes: Shapes, sizes: Mapping[int, int], *, whole: bool) -> None:
+        super().__init__(shapes, sizes)
+        self.whole = whole
+
+    def take(self, content: Any, clients: frozenset[int]) -> tuple[list[ClientLine], Refused]:
+        lines = unpack_lines(content, clients)
+        sums = unpack_sums(content, {"update": self.shapes})["update"]
+        said = sum(not line.problem for line in lines)
+        for name, part in sums.items():
+            # of one client: float32 is off by 2^-25 of a number, and each number is rounded once more
+            slack = said * (2.0**-23 * SCALE + part.shape[1])
+            if part.min(initial=0) < 0 or part.max(initial=0) > said * SCALE:
+                raise Rejected(f"{name}: no probabilities of {said} clients")
+            if self.whole and np.abs(part.sum(axis=1) - said * SCALE).max(initial=0) > slack:
+                raise Rejected(f"{name}: probabilities of {said} clients that do not add up to {said}")
+        return super().take(content, clients)
 
 
 class _OwnUpdates:
@@ -136,6 +179,24 @@ class Streamed(_OwnUpdates):
 
     def update(self) -> dict[str, NDArray[np.float64]]:
         return {name: mean(total, self.examples) for name, total in self.sum.totals.items()}
+
+
+class Kept(Streamed):
+    """Own updates, each added to the exact sum and kept.
+
+    Attributes:
+        kept: the updates by client.
+    """
+
+    def __init__(
+        self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int], *, squares: bool = False
+    ) -> None:
+        super().__init__(keys, wire, shapes, sizes, squares=squares)
+        self.kept: dict[int, Mapping[str, NDArray[np.float32]]] = {}
+
+    def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
+        super().add(line, update)
+        self.kept[line.client] = update
 
 
 class Collected(_OwnUpdates):

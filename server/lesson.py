@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import Config
+from common.config import PUBLIC, Config
 from common.dataset import FederatedDataset, prepare_dataset
 from common.device import Compute, choose_compute
 from common.errors import InputError
@@ -50,5 +50,10 @@ def check_clients(config: Config, data: FederatedDataset) -> None:
         raise InputError(
             f"server.cohort = {config.server.cohort}: {ready} of {data.clients} clients hold data.min-examples = "
             f"{config.data.min_examples} private examples; give a smaller cohort, fewer clients or a smaller minimum"
+        )
+    if config.server.strategy in PUBLIC and not len(data.public):
+        raise InputError(
+            f"data.public-fraction = {config.data.public_fraction}: no example is public, and server.strategy = "
+            f"{config.server.strategy!r} learns on public text; give a larger share"
         )
     check_byzantine(config.server.strategy, config.server.cohort or ready, config.server.byzantine)

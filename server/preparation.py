@@ -99,12 +99,26 @@ def prepare(config: Config, progress: Progress) -> Federation:
     source = find_teacher(config.teacher.model)
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     for pairs in (config.distill.hidden_layers, config.distill.relation_layers):
-        pair_hidden_layers(pairs, len(layers), source.layers)
+        pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers))
     check_windows(config)
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
     lesson.model.to("cpu")
     return Federation(config, lesson, pupil)
+
+
+def mentor_layers(config: Config, have: int) -> int:
+    """Layers of the model that a student has beside it while it learns: a mentor's, or all of the teacher's.
+
+    Raises:
+        InputError: the teacher has fewer.
+    """
+    asked = config.client.mentor_layers
+    if config.server.strategy != "fedkd" or not asked:
+        return have
+    if asked > have:
+        raise InputError(f"client.mentor-layers = {asked}: the teacher has {have} layers; give at most that, or 0")
+    return asked
 
 
 def check_windows(config: Config) -> None:

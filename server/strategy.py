@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.compression import wire_for
+from common.config import KEEPING, PUBLIC
 from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
@@ -27,18 +27,21 @@ from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.assignment import pick_cohort
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.consensus import Consensus
 from server.exchange import NAMES, Exchange, StreamingGrid
+from server.feddf import FedDF
 from server.growth import Growth
 from server.history import History, client_spread, retention
-from server.intake import Intake, Summed, intake_for
+from server.intake import Intake, Summed
+from server.method import Averaging
 from server.phase import Phase
 from server.preparation import Federation
-from server.rules import SERVER_RULES, fedavg
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, random_width
-from server.tiered import TieredSum
 from server.validation import validate
+
+METHODS: dict[str, type[Averaging]] = {"feddf": FedDF, "fedmd": Consensus, "ds-fl": Consensus}
 
 
 class FederatedDistillation(Strategy):
@@ -76,6 +79,8 @@ class FederatedDistillation(Strategy):
         self.exchange = Exchange(
             federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang
         )
+        method = METHODS.get(self.config.server.strategy, Averaging)
+        self.method = method(federation, progress, self.exchange.tick, folder.add_line)
         if folder.resumed:
             self._continue()
 
@@ -144,7 +149,7 @@ class FederatedDistillation(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         number, keys = self.done + server_round, self.config.server
-        intake = self._intake(number)
+        intake = self.method.intake(number, self.weights, self.exchange.sizes)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         try:
             self._check_losses(phase)
@@ -157,11 +162,10 @@ class FederatedDistillation(Strategy):
         if phase.surplus:
             self.cohort = tuple(sorted(phase.accepted))
         grown = self._grow(update, intake)
-        rule = SERVER_RULES.get(keys.strategy, fedavg)  # a robust rule has chosen the update; its step is plain
-        self.weights = rule(self.weights, update, self.optimizer, keys)
-        if keys.wire != "fp32":
+        if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
         self._record_training(phase, intake, grown)
+        self.weights = self.method.step(number, self.weights, update, intake, self.optimizer)
         return None, None
 
     def configure_evaluate(
@@ -190,15 +194,8 @@ class FederatedDistillation(Strategy):
     def _ask(
         self, kind: str, number: int, clients: Sequence[int], grid: Grid, *, goal: int | None = None
     ) -> list[Message]:
-        arrays = {} if kind.startswith("query") else self.weights
+        arrays = self.method.sends(kind, number, self.weights, self.optimizer)
         return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
-
-    def _intake(self, number: int) -> Intake:
-        keys, federation = self.config.server, self.federation
-        if len(federation.tiers) > 1:
-            return TieredSum(federation.tiers, federation.tier_of, self.exchange.sizes)
-        shapes, wire = federation.tiers.shapes, wire_for(keys, number, self.config.rounds)
-        return intake_for(keys, wire, shapes, self.exchange.sizes, squares=self.growth is not None)
 
     def _teach(self, number: int, clients: Sequence[int], grid: Grid) -> None:
         """Have the teacher's outputs computed where they may not be on disk: once per client and run."""
@@ -291,13 +288,16 @@ class FederatedDistillation(Strategy):
     def _identity(self) -> dict[str, Any]:
         """What the bits depend on besides the keys."""
         teacher = self.federation.teacher
-        return {
+        found: dict[str, Any] = {
             "data": self.data.key,
             "teacher": teacher.hash,
             "student": self.federation.pupil.hash,
             "device": self.federation.compute.name,
             "runtime": runtime_fingerprint(teacher.folder, self.config.runtime.threads),
         }
+        if self.config.server.strategy in PUBLIC:  # a server that trains uses threads of its own
+            found["threads"] = torch.get_num_threads()
+        return found
 
     # --- what is written down -------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.config import AUTO_BUDGET, Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, keep, learn, make_recipe, relation_heads
+from common.distillation import Examples, learn, learnt, make_recipe, relation_heads
 from common.errors import InputError
 from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
@@ -257,7 +257,9 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
             student, weights, examples, recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model,
             room=room, advance=bar.advance,
         )  # fmt: skip
-    keep(state)
+    with torch.no_grad():
+        for name, tensor in learnt(state, weights).items():
+            student.trained[name].copy_(tensor)
     pupil.model.to("cpu").eval()
     inside = set(student.trained) - set(tiers[whole].names.values())
     return {name: student.trained[name].detach().cpu() for name in sorted(inside)}

@@ -12,15 +12,17 @@ import safetensors.numpy
 import torch
 
 from common.compression import Kind
-from common.config import ROBUST, STRATEGIES, load_config
+from common.config import ROBUST, load_config
 from common.errors import InputError
 from common.progress import Silent
 from server.checkpoint import checkpoint_folder
 from server.preparation import prepare
+from server.rules import SERVER_RULES
 from tests.conftest import make_tokenizer
 from tests.integration.conftest import read_lines
 from tests.integration.faulty import Outcome, Stage
 
+RULES = (*SERVER_RULES, *ROBUST)
 WIRES = get_args(Kind)
 # of the bytes that fp32 needs for the same student, headers and accounting included
 SHARE = {"fp16": 0.51, "int8": 0.27, "topk": 0.05, "svd": 0.5}
@@ -94,12 +96,12 @@ def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- rules ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", RULES)
 def test_a_rule_completes_and_says_how_updates_travelled(run, strategy):
     found = run(f"server.strategy={strategy}")
     config = load_config(found.path / "config.toml")
     assert config.server.packing == ("off" if strategy in ROBUST else "on")
-    others = {name: run(f"server.strategy={name}").student for name in STRATEGIES if name != strategy}
+    others = {name: run(f"server.strategy={name}").student for name in RULES if name != strategy}
     assert found.student not in others.values(), "two rules gave the same student"
 
 
