@@ -340,7 +340,7 @@ class Config(_Section):
                 "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
                 "student.width-selection = 'random'"
             )
-        self._check_growth()
+        self._check_batches()
         if self.data.multi_label and self.task != "text":
             raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
         if self.data.stride and self.data.windows == 1:
@@ -365,11 +365,6 @@ class Config(_Section):
             raise ValueError(
                 f"data.public-fraction = 0.0: server.strategy = {self.server.strategy!r} learns on public text; "
                 "give more than 0"
-            )
-        if self.client.micro_budget == AUTO_BUDGET and self.server.strategy in KEEPING:
-            raise ValueError(
-                f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {self.server.strategy!r} a client trains "
-                "more than one model, and the probe measures one; give a number, or 0"
             )
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
@@ -397,8 +392,13 @@ class Config(_Section):
                 f"{against[0]} does not fit that; give one of them"
             )
 
-    def _check_growth(self) -> None:
+    def _check_batches(self) -> None:
         keys = self.client
+        if keys.micro_budget == AUTO_BUDGET and self.server.strategy in KEEPING:
+            raise ValueError(
+                f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {self.server.strategy!r} a client trains "
+                "more than one model, and the probe measures one; give a number, or 0"
+            )
         if not keys.grow_batch:
             return
         if keys.lr_decay != "constant":

@@ -101,13 +101,13 @@ def test_both_take_the_step_of_a_bare_loop(federation_of, hidden):
     federation = federation_of(**{"distill.hidden-weight": hidden, "client.mentor-layers": 3})
     worker = worker_of(federation)
     data, examples = worker.data.train, worker._examples(0)
-    models = [copy.deepcopy(student.model).eval() for student in (worker.student, worker.mentor)]
+    models = [copy.deepcopy(student.model).eval() for student in (worker.students[0], worker.mentor)]
     starts = [
         {name: tensor.detach().clone() for name, tensor in student.trained.items()}
-        for student in (worker.student, worker.mentor)
+        for student in (worker.students[0], worker.mentor)
     ]
     states = learn_together(
-        (worker.student, starts[0]), (worker.mentor, starts[1]), examples,
+        (worker.students[0], starts[0]), (worker.mentor, starts[1]), examples,
         recipe=worker._recipe(1), compute=worker.compute, seed=0, who=(1, 0),
     )  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_two_clients_updates_of_singular_values_2_and_1_by_hand(number, expected
 
 def test_a_clients_mentor_goes_on_from_the_round_that_the_server_names(federation_of, run):
     worker = worker_of(federation_of())
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.student.trained.items()}
+    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     assert len(worker.mentor.model.bert.encoder.layer) == 4  # the whole teacher
     worker.train(arrays, asked(run, 1, (0, 0)), nobody)
     mentors = [mentor_on_disk(worker, run, client, 1) for client in CLIENTS]
@@ -251,7 +251,7 @@ def test_the_mentees_update_travels_as_thin_factors(federation_of, run):
     federation = federation_of()
     assert (federation.config.server.wire, federation.config.server.packing) == ("svd", "off")
     worker = worker_of(federation)
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.student.trained.items()}
+    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     groups, _ = worker.train(arrays, asked(run, 1, (0, 0)), nobody)
     assert any(name.endswith("|left") for name in groups[own_update(0)])
     update = decompress(groups[own_update(0)], worker.shapes, wire_for(federation.config.server, 1, 3))
@@ -261,7 +261,7 @@ def test_the_mentees_update_travels_as_thin_factors(federation_of, run):
 
 def test_a_client_whose_mentor_is_gone_says_so_and_the_others_go_on(federation_of, run):
     worker = worker_of(federation_of(**{"server.wire": "fp32"}))
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.student.trained.items()}
+    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     _, lines = worker.train(arrays, asked(run, 5, (4, 0)), nobody)
     assert [line.problem for line in lines] == ["mentor of round 4 is missing", ""]
 
@@ -271,7 +271,7 @@ def test_a_mentee_with_a_vocabulary_of_its_own_and_trained_words_learns_beside_i
     keys = {"student.vocabulary": 130, "student.train-embeddings": True, "distill.hidden-weight": hidden}
     worker = worker_of(federation_of(**keys, **{"client.epochs": 2, "client.token-budget": 200}))
     assert worker.pupil.taught is not None
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.student.trained.items()}
+    arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     _, lines = worker.train(arrays, asked(run, 1, (0, 0)), nobody)
     assert [line.problem for line in lines] == ["", ""]
     assert all((line.hidden_loss > 0) == (hidden > 0) for line in lines)

@@ -121,7 +121,7 @@ def test_a_client_first_digests_the_last_rounds_texts_and_then_revisits_its_own(
 
     data, config = fedmd.pupil.data.train, fedmd.config
     recipe = make_recipe(config, 2, fedmd.pupil.shape, fedmd.lesson.model.config, False)
-    bare = partial(learn, worker.student, compute=worker.compute, who=(2, 2))
+    bare = partial(learn, worker.students[0], compute=worker.compute, who=(2, 2))
     start = {name: torch.from_numpy(array) for name, array in first.items()}
     public = public_recipe(recipe, config.server, config.distill.temperature)
     assert (public.lr, public.last_lr, public.labelled) == (PUBLIC_LR, PUBLIC_LR / 10, False)
@@ -170,7 +170,7 @@ def test_a_client_whose_student_is_gone_says_so_and_the_others_go_on(fedmd, run)
 def test_scores_are_of_each_clients_own_student(fedmd, run):
     worker = worker_of(fedmd)
     worker.train({}, asked(run, 1, (0, 0)), nobody)
-    student, _, lines = worker.evaluate({}, asked(run, 1, (1, 0, 1), (0, 1, 2)), nobody)
+    groups, lines = worker.evaluate({}, asked(run, 1, (1, 0, 1), (0, 1, 2)), nobody)
     expected = 0
     for client, weights in (
         (0, student_on_disk(worker, run, 0, 1)),
@@ -179,7 +179,7 @@ def test_scores_are_of_each_clients_own_student(fedmd, run):
     ):
         rows = fedmd.data.shard(client).heldout
         expected = expected + tally(worker.spec, outputs(fedmd, weights, rows), fedmd.data.train.labels[rows])
-    assert student["statistics"].tolist() == expected.tolist()
+    assert groups["student"]["statistics"].tolist() == expected.tolist()
     assert [line.examples for line in lines] == fedmd.data.heldout_sizes.tolist()
 
 
@@ -217,8 +217,8 @@ def test_the_server_averages_two_clients_and_learns_from_what_they_agree_on(fede
     np.testing.assert_allclose(memory["consensus"], expected, rtol=1e-5)
     sent = method.sends("train", 2, found, memory)["consensus"]
     assert sent.dtype == np.float32
-    assert sent.shape == worker.expects("train", 2)["consensus"] == (SAMPLE, 2)
-    assert method.sends("evaluate", 1, found, memory) == {} == worker.expects("evaluate", 1)
+    assert sent.shape == worker.expects("train", asked(run, 2, (0, 0)))["consensus"] == (SAMPLE, 2)
+    assert method.sends("evaluate", 1, found, memory) == {} == worker.expects("evaluate", asked(run, 1, (0, 0)))
     assert any((found[name] != weights[name]).any() for name in weights)
     (line,) = told
     assert {**line, "loss": 0} == {"round": 1, "phase": "fuse", "clients": 2, "examples": SAMPLE, "loss": 0}

@@ -102,7 +102,7 @@ def problems(lines):
 
 
 def scored(worker, arrays, clients):
-    groups, lines = worker.evaluate(arrays, clients, nobody)
+    groups, lines = worker.evaluate(arrays, instruction(clients), nobody)
     return groups["student"]["statistics"], groups["teacher"]["statistics"], lines
 
 
@@ -145,7 +145,7 @@ def test_clients_are_scored_together_up_to_a_number_of_examples(worker, arrays, 
     monkeypatch.setattr(module, "AT_ONCE", at_once)
     assert [len(chunk) for chunk in worker._together(CLIENTS, sizes.__getitem__)] == told
     done = []
-    worker.evaluate(arrays, CLIENTS, done.append)
+    worker.evaluate(arrays, instruction(CLIENTS), done.append)
     assert sum(done) == len(CLIENTS)
     assert (len(done) > 1) == (at_once < 256)
 
@@ -171,7 +171,7 @@ def test_a_client_that_cannot_be_scored_leaves_the_others(worker, arrays, monkey
 
     monkeypatch.setattr(module, "held_out_statistics", fails)
     done = []
-    groups, lines = worker.evaluate(arrays, CLIENTS, done.append)
+    groups, lines = worker.evaluate(arrays, instruction(CLIENTS), done.append)
     assert groups["student"]["statistics"].tolist() == expected[0].tolist()
     assert groups["teacher"]["statistics"].tolist() == expected[1].tolist()
     assert problems(lines) == {bad: "RuntimeError"}
@@ -345,7 +345,7 @@ def test_a_lossy_update_is_the_same_in_any_company_and_its_rest_comes_later(make
         assert together[own_update(4)][name].tobytes() == part.tobytes()
     truth = bare_updates(worker, arrays, 1)[4]
     sent = decompress(alone[own_update(4)], worker.shapes, wire)
-    left = module.ErrorFeedback(worker.feedback / ("b" * 16), 2).load(4, 1, worker.shapes)
+    left = module.ErrorFeedback(worker.cache / "error-feedback" / ("b" * 16), 2).load(4, 1, worker.shapes)
     for name, array in truth.items():
         np.testing.assert_allclose(sent[name] + left[name], array, atol=1e-7)
     assert any(array.any() for array in left.values())
@@ -394,7 +394,7 @@ def test_what_the_teacher_was_asked_before_it_is_not_asked_again(make_worker, mo
     monkeypatch.setattr(module, "predict", only_students)
     _, lines = worker.train(arrays, instruction(CLIENTS), nobody)
     assert problems(lines) == {}
-    assert problems(worker.evaluate(arrays, CLIENTS, nobody)[1]) == {}
+    assert problems(worker.evaluate(arrays, instruction(CLIENTS), nobody)[1]) == {}
     rows = worker.data.shard(2).train[::-1].copy()
     expected = predict(worker.teacher, worker.data.train.tokens, rows, worker.compute)
     assert worker.teacher_logits(rows).tobytes() == expected.tobytes()

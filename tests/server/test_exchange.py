@@ -150,13 +150,8 @@ class Heard(Silent):
 class OneTier:
     """All clients hold every array."""
 
-    sent = None
-
-    def __getitem__(self, tier):
-        return self
-
-    def cut(self, arrays, sent):
-        return arrays
+    def __len__(self):
+        return 1
 
 
 class Run:
