@@ -14,7 +14,7 @@ from common.fixed_point import ExactSum, mean
 from common.progress import Silent
 from common.public import public_rows
 from common.wire import ClientLine, own_update, pack_reply
-from server.ensemble import put, rows_of_round
+from server.ensemble import rows_of_round
 from server.feddf import FedDF, ensemble
 from server.intake import Kept
 from server.preparation import prepare
@@ -64,6 +64,14 @@ def test_the_ensemble_is_the_plain_mean_of_logits():
     logits = np.array([[[1.0, 0.0], [4.0, -2.0]], [[3.0, 1.0], [0.0, 0.0]]])
     assert ensemble(logits).tolist() == [[2.0, 0.5], [2.0, -1.0]]
     assert ensemble(logits).dtype == np.float32
+
+
+def put(model, weights):
+    """Into a bare module, by name."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, array in weights.items():
+            parameters[name].copy_(torch.from_numpy(array))
 
 
 def test_a_step_is_that_of_a_bare_loop_on_the_mean_of_two_clients_logits(make_federation):
