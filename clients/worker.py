@@ -168,7 +168,7 @@ class Worker:
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
         growing = self.config.client.grow_batch
         extra = SQUARES_SHAPE if growing else {}
-        totals = {tier: ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
+        totals = {self._sum(tier): ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
         groups: dict[str, dict[str, NDArray[Any]]] = {}
@@ -179,7 +179,7 @@ class Worker:
                 update = self._train_one(tensors, instruction, client, base)
                 if packed:
                     squares = squares_of(update.arrays) if growing else {}
-                    totals[tier].add(update.arrays | squares, update.weight)
+                    totals[self._sum(tier)].add(update.arrays | squares, update.weight)
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
@@ -187,7 +187,7 @@ class Worker:
             else:
                 lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **update.losses))
             finished(1)
-        sums = {self._group("update", tier): total.compact for tier, total in totals.items()}
+        sums = {name: total.compact for name, total in totals.items()}
         return (sums if packed else groups), lines
 
     def evaluate(
@@ -217,6 +217,10 @@ class Worker:
             groups[self._group("student", tier)] = {"statistics": student}
             groups[self._group("teacher", tier)] = {"statistics": teacher}
         return groups, lines
+
+    def _sum(self, tier: int) -> str:
+        """The sum that a tier's clients are added up in."""
+        return self._group("update", tier)
 
     def _group(self, name: str, tier: int) -> str:
         return group_name(name, tier, len(self.tiers))

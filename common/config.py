@@ -382,7 +382,7 @@ class Config(_Section):
             return
         against = _needs_own_updates(self.server.model_dump(by_alias=True))
         against += ["server.packing = 'off'"] if self.server.packing == "off" else []
-        lone = self.server.strategy in (*PUBLIC, *KEEPING)
+        lone = self.server.strategy in (*FUSED, "fedkd")
         against += [f"server.strategy = {self.server.strategy!r}"] if lone else []
         against += ["client.grow-batch = true"] if self.client.grow_batch else []
         against += ["student.train-embeddings = true"] if self.student.train_embeddings else []

@@ -30,14 +30,17 @@ def public_rows(public: Index, sample: int, seed: int, round_number: int) -> NDA
 
 
 def public_recipe(recipe: Recipe, keys: ServerKeys, temperature: float) -> Recipe:
-    """A round's recipe turned to public text: soft targets alone, for the epochs and at the rate of public text."""
+    """A round's recipe turned to public text, for the epochs and at the rate of public text.
+
+    Soft targets alone, and what a student teaches those inside it.
+    """
     return replace(
         recipe,
         epochs=keys.public_epochs,
         lr=keys.public_lr,
         last_lr=keys.public_lr / 10,
         temperature=temperature,
-        weights={part: float(part == "soft") for part in PARTS},
+        weights={**{part: float(part == "soft") for part in PARTS}, "self": recipe.weights["self"]},
         adaptive=False,
         proximal=0.0,
     )

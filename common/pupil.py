@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from common.dataset import FederatedDataset, in_pieces_of
 from common.hashing import hash_tensors
 from common.progress import Progress, Silent
 from common.slim import Shape, load_slim, save_slim
 from common.tokens import Tokens
+
+EXITS = "exits.safetensors"  # in the folder of a prepared student
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,8 @@ def open_pupil(folder: Path, data: FederatedDataset, cache: Path, progress: Prog
         return Pupil(folder, note["hash"], model, shape, data, None)
     own = in_pieces_of(folder, data, cache, progress or Silent())
     return Pupil(folder, note["hash"], model, shape, own, data.train.tokens)
+
+
+def load_exits(pupil: Pupil) -> dict[str, Tensor]:
+    """Those that were warmed up with a prepared student; else none: they begin as copies of its own."""
+    return load_file(pupil.folder / EXITS) if (pupil.folder / EXITS).exists() else {}

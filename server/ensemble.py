@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.distillation import Examples, Student, learn, learnt, make_recipe
+from common.distillation import Examples, learn, learnt, make_recipe
 from common.inference import predict
-from common.models import freeze_embeddings
 from common.progress import Progress, Step
 from common.public import public_recipe, public_rows
 from server.preparation import Federation
@@ -69,15 +68,16 @@ def distil_from(
     config, pupil, compute = federation.config, federation.pupil, federation.compute
     recipe = make_recipe(config, number, pupil.shape, federation.lesson.model.config, federation.data.task.regression)
     recipe = public_recipe(recipe, config.server, temperature)
-    trained = freeze_embeddings(pupil.model, config.student.train_embeddings)
-    start = {name: torch.from_numpy(np.array(array)).to(compute.device) for name, array in weights.items()}
+    arrays = {name: torch.from_numpy(np.array(array)).to(compute.device) for name, array in weights.items()}
+    whole = len(federation.tiers) - 1
+    start = federation.tiers.part(whole, arrays)
     total = len(rows) * recipe.epochs
     with progress.step(f"round {number}/{config.rounds} distil on {len(rows):,} public examples", total) as bar:
         state = learn(
-            Student.of(pupil.model, trained), start, Examples(pupil.data.train, rows, soft, pupil.taught),
+            federation.tiers.student(whole), start, Examples(pupil.data.train, rows, soft, pupil.taught),
             recipe=recipe, compute=compute, seed=config.seed, who=(number, SERVER), advance=ticking(bar, tick),
         )  # fmt: skip
-    after = {name: tensor.cpu().numpy().copy() for name, tensor in learnt(state, start).items()}
+    after = {name: tensor.cpu().numpy().copy() for name, tensor in (arrays | learnt(state, start)).items()}
     return after, float(state.totals[0]) / max(state.seen, 1)
 
 

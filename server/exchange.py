@@ -300,7 +300,8 @@ class Exchange:
             return None
         tiers, tier = self.federation.tiers, max(int(self.federation.tier_of[client]) for client in clients)
         if tier not in self._packed:
-            part = self._arrays if len(tiers) == 1 else tiers.cut(self._arrays, tiers[tier].sent)
+            outputs = self._arrays.keys() != tiers.shapes.keys()  # and no weights: all tiers get them
+            part = self._arrays if outputs else tiers.cut(self._arrays, tiers[tier].sent)
             self._packed[tier] = pack_arrays(part)
         return self._packed[tier]
 

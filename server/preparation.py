@@ -18,11 +18,11 @@ from common.errors import InputError
 from common.models import choose_layers, pair_hidden_layers
 from common.nested import Tiers
 from common.progress import Progress
-from common.pupil import Pupil
+from common.pupil import Pupil, load_exits
 from common.slim import build
 from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson
-from server.student import load_exits, narrowed, prepare_student
+from server.student import narrowed, prepare_student
 from server.teacher import Teacher, find_teacher
 
 

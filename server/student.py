@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.config import AUTO_BUDGET, Config
@@ -28,7 +28,7 @@ from common.models import choose_layers, count_parameters
 from common.nested import Tiers
 from common.probe import find_room
 from common.progress import Progress
-from common.pupil import Pupil, open_pupil, save_pupil
+from common.pupil import EXITS, Pupil, open_pupil, save_pupil
 from common.seeding import generator, seed_for
 from common.slim import Numbers, Shape, build, cut_student, narrow
 from common.store import build_folder, cache_folder
@@ -36,7 +36,6 @@ from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.lesson import Lesson
 from server.tiered import check_tiers
 
-EXITS = "exits.safetensors"  # in the folder of a prepared student
 WARM = (0, -1)  # round and client of the warm start: what its random choices come from
 Width = tuple[Numbers, Numbers]  # heads and neurons kept of each layer
 
@@ -263,8 +262,3 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) ->
     pupil.model.to("cpu").eval()
     inside = set(student.trained) - set(tiers[whole].names.values())
     return {name: student.trained[name].detach().cpu() for name in sorted(inside)}
-
-
-def load_exits(pupil: Pupil) -> dict[str, Tensor]:
-    """Those that were warmed up with a prepared student; else none: they begin as copies of its own."""
-    return load_file(pupil.folder / EXITS) if (pupil.folder / EXITS).exists() else {}

@@ -15,6 +15,7 @@ from common.metrics import tally
 from common.progress import Silent
 from common.public import public_recipe, public_rows
 from common.seeding import seed_for
+from common.tiers import group_name
 from common.wire import ClientLine, Instruction, WireError, pack_reply
 from server.aggregation import Rejected
 from server.consensus import Consensus
@@ -92,6 +93,26 @@ def consensus_of(seed=0):
 
 
 # --- a client ------------------------------------------------------------------------------------
+
+
+def test_students_of_different_shapes_vote_together(federation_of, run):
+    federation = federation_of("fedmd", **{"student.tiers": "1/1/16@0.5"})
+    everyone, tier_of = (0, 1, 2), federation.tier_of
+    assert set(tier_of.tolist()) == {0, 1}
+    worker = worker_of(federation)
+    groups, lines = worker.train({}, asked(run, 1, (0, 0, 0), everyone), nobody)
+    assert not any(line.problem for line in lines)
+    logits, sizes = [], []
+    for client in everyone:
+        own = {name: torch.from_numpy(array) for name, array in student_on_disk(worker, run, client, 1).items()}
+        sizes.append(sum(tensor.numel() for tensor in own.values()))
+        model = federation.tiers.load(int(tier_of[client]), own)
+        logits.append(predict(model, federation.pupil.data.train.tokens, rows_of(federation, 1), federation.compute))
+    assert groups["update"]["votes"].tolist() == exact_sum(logits).tolist()
+    assert (np.array(sizes) < max(sizes)).tolist() == (tier_of == 0).tolist()
+    groups, lines = worker.evaluate({}, asked(run, 1, (1, 1, 1), everyone), nobody)
+    assert not any(line.problem for line in lines)
+    assert set(groups) == {group_name(who, tier, 2) for who in ("student", "teacher") for tier in (0, 1)}
 
 
 @pytest.mark.parametrize("strategy", ["fedmd", "ds-fl"])
@@ -174,7 +195,7 @@ def test_scores_are_of_each_clients_own_student(fedmd, run):
     expected = 0
     for client, weights in (
         (0, student_on_disk(worker, run, 0, 1)),
-        (1, {name: tensor.numpy() for name, tensor in worker.prepared.items()}),  # took no part yet
+        (1, {name: tensor.numpy() for name, tensor in worker.prepared[0].items()}),  # took no part yet
         (2, student_on_disk(worker, run, 2, 1)),
     ):
         rows = fedmd.data.shard(client).heldout

@@ -147,13 +147,6 @@ class Heard(Silent):
         self.heard.append(text)
 
 
-class OneTier:
-    """All clients hold every array."""
-
-    def __len__(self):
-        return 1
-
-
 class Run:
     """An exchange with some nodes, and what happened in it."""
 
@@ -165,7 +158,7 @@ class Run:
             config=config,
             data=SimpleNamespace(train_sizes=sizes, eligible=np.array(clients), key="d" * 32),
             teacher=SimpleNamespace(folder=folder, hash="h" * 64),
-            tiers=OneTier(),
+            tiers=SimpleNamespace(shapes={}),
             tier_of=np.zeros(len(sizes), dtype=np.int64),
             pupil=SimpleNamespace(key="s" * 32, hash="p" * 64),
         )
