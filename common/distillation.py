@@ -36,7 +36,8 @@ from common.tokens import Tokens
 
 PARTS = ("soft", "hard", "hidden", "cls", "relation", "self")  # of the loss
 DEEP = PARTS[2:5]  # need the teacher itself beside the student
-BY_PLACE = ("hidden", "relation")  # means over real positions; the others over examples
+BY_PLACE = ("hidden", "relation")  # means over real positions
+BY_WINDOW = ("cls",)  # means over windows; the others over examples
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
 
 
@@ -205,7 +206,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         adaptive=distill.weighting == "adaptive",
         hidden_loss=distill.hidden_loss,
         hidden_pairs=pair_hidden_layers(distill.hidden_layers, *layers),
-        relation_pairs=pair_hidden_layers(distill.relation_layers, *layers),
+        relation_pairs=pair_hidden_layers(distill.relation_layers, *layers, "relation-layers"),
         relation_heads=relation_heads(distill.relation_heads, shape, teacher),
         regression=regression,
         multi_label=config.data.multi_label,
@@ -337,11 +338,12 @@ def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:
 
     A mean over the batch is made of the parts' means, each by its share of what the mean is over.
     """
-    examples, positions = sum(len(part.soft) for part in parts), sum(part.positions for part in parts)
-    return [
-        {name: part.positions / positions if name in BY_PLACE else len(part.soft) / examples for name in PARTS}
-        for part in parts
+    sizes = [
+        {"place": part.positions, "window": len(part.inputs["input_ids"]), "example": len(part.soft)} for part in parts
     ]
+    totals = {of: sum(size[of] for size in sizes) for of in sizes[0]}
+    over = {name: "place" if name in BY_PLACE else "window" if name in BY_WINDOW else "example" for name in PARTS}
+    return [{name: size[of] / totals[of] for name, of in over.items()} for size in sizes]
 
 
 def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:

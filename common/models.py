@@ -97,11 +97,17 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def pair_hidden_layers(pairs: str, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+def pair_hidden_layers(
+    pairs: str, student_layers: int, teacher_layers: int, key: str = "hidden-layers"
+) -> tuple[tuple[int, int], ...]:
     """Which student layer's output is compared with which teacher layer's, both counted from 0.
 
     ``even`` spreads the teacher over the student so that the last meets the last (TinyBERT's uniform map);
-    ``last`` compares only those two (DistilBERT).
+    ``last`` compares only those two (DistilBERT). A teacher with fewer layers (FedKD's mentor may have) is met by
+    its first for as long as there is none before.
+
+    Args:
+        key: which of the section ``distill`` the pairs are from.
 
     Raises:
         InputError: a layer does not exist.
@@ -110,12 +116,12 @@ def pair_hidden_layers(pairs: str, student_layers: int, teacher_layers: int) -> 
     if pairs == "last":
         return (last,)
     if pairs == "even":
-        return tuple((layer, (layer + 1) * teacher_layers // student_layers - 1) for layer in range(student_layers))
+        return tuple(
+            (layer, max((layer + 1) * teacher_layers // student_layers, 1) - 1) for layer in range(student_layers)
+        )
     if not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", pairs):
-        raise InputError(f"distill.hidden-layers = {pairs!r}: give `even`, `last` or pairs such as 0:1,2:5")
+        raise InputError(f"distill.{key} = {pairs!r}: give `even`, `last` or pairs such as 0:1,2:5")
     found = tuple((int(a), int(b)) for a, b in (pair.split(":") for pair in pairs.split(",")))
     if any(a > last[0] or b > last[1] for a, b in found):
-        raise InputError(
-            f"distill.hidden-layers = {pairs!r}: student layers go to {last[0]}, teacher layers to {last[1]}"
-        )
+        raise InputError(f"distill.{key} = {pairs!r}: student layers go to {last[0]}, teacher layers to {last[1]}")
     return found

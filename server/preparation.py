@@ -98,8 +98,9 @@ def prepare(config: Config, progress: Progress) -> Federation:
     """
     source = find_teacher(config.teacher.model)
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
-    for pairs in (config.distill.hidden_layers, config.distill.relation_layers):
-        pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers))
+    for key in ("hidden-layers", "relation-layers"):
+        pairs = getattr(config.distill, key.replace("-", "_"))
+        pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers), key)
     check_windows(config)
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)

@@ -8,7 +8,7 @@ import torch
 
 from common.batches import cut, token_budget_batches
 from common.config import from_flat
-from common.dataset import Split
+from common.dataset import Split, load_tokenizer
 from common.distillation import (
     PARTS,
     Examples,
@@ -25,6 +25,7 @@ from common.inference import predict
 from common.models import freeze_embeddings, load_teacher
 from common.seeding import generator
 from common.slim import Shape, cut_student
+from common.tokens import tokenize
 from tests.conftest import FP32, make_sentences, make_teacher, make_tokens
 
 NOTHING = dict.fromkeys(PARTS, 0.0)
@@ -125,6 +126,18 @@ def test_any_micro_budget_gives_the_gradient_of_each_part_of_the_loss(scene, par
 def test_any_micro_budget_gives_the_gradient_of_all_parts_together(tiny_teacher, embeddings, adaptive, short):
     recipe = replace(RECIPE, weights=EVERY, adaptive=adaptive)
     same_gradient(Scene(tiny_teacher, embeddings, short=short), recipe)
+
+
+@pytest.mark.parametrize("part", ALONE)
+def test_any_micro_budget_gives_the_gradient_of_texts_in_windows(tiny_teacher, part):
+    """Some texts have one window, some two: [CLS] states are compared window by window, outputs text by text."""
+    scene, rows = Scene(tiny_teacher), np.arange(40)
+    tokens = tokenize((make_sentences(40),), load_tokenizer(tiny_teacher), 10, lambda done: None, windows=4, stride=2)
+    assert set(np.diff(tokens.first)) >= {1, 2}
+    data = replace(scene.examples.data, tokens=tokens)
+    scene.examples = Examples(data, rows, predict(scene.teacher, tokens, rows, FP32))
+    scene.lengths = tokens.lengths(rows)
+    same_gradient(scene, replace(RECIPE, weights=NOTHING | {part: 1.3}))
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["constant", "adaptive"])

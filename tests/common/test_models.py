@@ -115,6 +115,8 @@ def test_layers_that_are_not_there_are_refused(selection, keep, expected):
         ("even", 3, 12, ((0, 3), (1, 7), (2, 11))),
         ("even", 4, 6, ((0, 0), (1, 2), (2, 3), (3, 5))),
         ("even", 3, 3, ((0, 0), (1, 1), (2, 2))),
+        ("even", 3, 1, ((0, 0), (1, 0), (2, 0))),
+        ("even", 3, 2, ((0, 0), (1, 0), (2, 1))),
         ("last", 3, 12, ((2, 11),)),
         ("0:1, 2:5", 3, 6, ((0, 1), (2, 5))),
     ],
@@ -127,3 +129,5 @@ def test_hidden_layers_are_paired(pairs, student, teacher, expected):
 def test_pairs_of_layers_that_are_not_there_are_refused(pairs):
     with pytest.raises(InputError, match=r"distill.hidden-layers = "):
         pair_hidden_layers(pairs, 3, 6)
+    with pytest.raises(InputError, match=r"distill.relation-layers = "):
+        pair_hidden_layers(pairs, 3, 6, "relation-layers")
