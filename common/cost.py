@@ -18,7 +18,7 @@ position (an embedding's projection) and at one (pooler and classifier).
         https://arxiv.org/abs/2205.05198), of w = 4 bytes, and one layer's tensors in flight; in bf16 w = 2, the norms
         add 8 H, and bf16 copies of the weights 2 P_trained
     latency            forward operations / rate + layers x fixed time, of one sentence
-    computing          (operations / rate + layers x fixed time) over the batches of a round
+    computing          (operations / rate + layers x fixed time) over all that passes in a round
     transfer           8 bits x (bytes up + bytes down) / bandwidth
     energy             power x (computing + transfer)
 
@@ -196,7 +196,9 @@ class Work:
     """What a federation asks of every device, as far as costs go.
 
     Attributes:
-        longest: the most pieces an example has.
+        micro_budget: padded pieces that pass at once; 0: the whole batch.
+        longest: the most pieces a text has, or each of its windows.
+        windows: the most that a text has.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
         entry_bytes: bytes up for each trained weight.
@@ -209,6 +211,13 @@ class Work:
     deep: bool
     packed: bool
     entry_bytes: float
+    micro_budget: int = 0
+    windows: int = 1
+
+    @property
+    def passing(self) -> int:
+        """Padded pieces that pass at once."""
+        return min(self.micro_budget or self.token_budget, self.token_budget)
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -222,6 +231,8 @@ class Work:
             deep=distill.hidden_weight + distill.cls_weight + distill.relation_weight > 0,
             packed=packed,
             entry_bytes=SUM if packed else UP[server.wire] + 3 * server.topk * (server.wire == "topk"),
+            micro_budget=max(keys.micro_budget, 0),  # where a device looks for its own: no more than a batch
+            windows=config.data.windows,
         )
 
 
@@ -281,7 +292,7 @@ def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) 
     speed, length = Speed.of(profile), min(profile.length, work.longest)
     # batches of the padded pieces of all examples
     rows = work.epochs * profile.examples * PADDING
-    steps = math.ceil(rows * length / work.token_budget)
+    steps = math.ceil(rows * length / work.passing)
     compute = steps * speed.step(size, rows / steps, length)
     if work.deep:
         compute += rows * forward_flops(teacher, 1, length) / speed.training
@@ -301,7 +312,7 @@ def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) 
 
 def training_bytes(size: Size, teacher: Size, work: Work) -> int:
     """The most memory a round takes, when a batch is filled with the longest examples."""
-    pieces = max(work.token_budget, work.longest)
+    pieces = max(work.passing, work.longest * work.windows)  # the windows of a text pass together
     read = ROWS * work.longest  # a block of the teacher's
     per_trained = 4 + 4 + 8 + 4 + (8 if work.packed else 0) + (2 if work.bf16 else 0)
     student = activation_bytes(size, pieces, work.longest, work.bf16) + flight_bytes(size, pieces, work.longest)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Config
+from common.config import KEEPING, Config
 from common.cost import Cost, Size, Work, predict_cost, size_of
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
@@ -81,6 +81,11 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
     Raises:
         InputError: a key asks for more than the teacher has.
     """
+    if config.server.strategy in KEEPING:
+        raise InputError(
+            f"server.strategy = {config.server.strategy!r}: its clients keep a model of their own, whose costs are not "
+            "predicted; give a strategy whose clients send their student's update"
+        )
     teacher = teacher_config(config, source)
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     top = run_shape(config, source, teacher, layers)

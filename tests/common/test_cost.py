@@ -156,6 +156,19 @@ def test_losses_on_inner_states_cost_the_teacher_beside_the_student():
     assert deep.training_mb > plain.training_mb
 
 
+def test_batches_in_parts_take_less_memory_and_more_passes():
+    whole, parts = cost_of({}, client__token_budget=1024)[0], cost_of({}, client__micro_budget=256)[0]
+    assert parts.training_mb == cost_of({}, client__token_budget=256)[0].training_mb < whole.training_mb
+    assert parts.compute_s > whole.compute_s
+    assert cost_of({}, client__micro_budget=4096)[0] == whole == cost_of({}, client__micro_budget=-1)[0]
+
+
+def test_the_windows_of_a_text_are_in_memory_together():
+    one, many = cost_of({}, data__max_length=64)[0], cost_of({}, data__max_length=64, data__windows=64)[0]
+    assert many.training_mb == cost_of({}, data__max_length=64, client__token_budget=4096)[0].training_mb
+    assert many.training_mb > one.training_mb
+
+
 def test_what_is_smaller_costs_less():
     config = CONFIGS["bert"]()
     large = Shape.whole(config, (0, 1, 2))

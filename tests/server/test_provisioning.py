@@ -69,6 +69,12 @@ def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):
     assert [refusal.candidate for refusal in choice.refused] == larger
 
 
+@pytest.mark.parametrize("strategy", ["fedmd", "ds-fl", "fedkd"])
+def test_costs_of_clients_with_models_of_their_own_are_not_told(tiny_teacher, strategy):
+    with pytest.raises(InputError, match=rf"server.strategy = '{strategy}'"):
+        lattice_of(tiny_teacher, server__strategy=strategy)
+
+
 @pytest.mark.parametrize(
     ("budget", "reason"),
     [("memory_mb", "memory"), ("latency_ms", "latency"), ("max_seconds", "round"), ("energy_j", "energy")],
