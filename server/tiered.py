@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.dataset import FederatedDataset
-from common.distillation import relation_heads
+from common.distillation import Recipe, make_recipe, relation_heads
 from common.errors import InputError
 from common.families import head_count, neuron_count
 from common.fixed_point import SCALE
@@ -84,14 +84,19 @@ class TieredSum:
 
 
 def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDataset) -> None:
-    """Raise `InputError` unless the teacher has what each tier asks for, and each has clients.
+    """Raise `InputError` unless the teacher has what each tier asks for, and each has clients and something to learn.
 
     Args:
         shape: the whole student's.
         teacher: the teacher's configuration.
     """
-    keys = config.student
+    keys, recipe = config.student, make_recipe(config, 1, shape, teacher, data.task.regression)
     for size in keys.sizes:
+        if not _learns(recipe, size.layers):
+            raise InputError(
+                f"student.tiers = {keys.tiers!r}: the losses that have weight compare layers that {size.layers} layers "
+                "do not hold; give distill.soft-weight or hard-weight, or other hidden-layers or relation-layers"
+            )
         for name, asked, most in (
             ("heads", size.heads, head_count(teacher)),
             ("neurons", size.neurons, neuron_count(teacher)),
@@ -107,6 +112,14 @@ def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDatas
                 f"student.tiers = {keys.tiers!r}: of {len(data.eligible)} clients none holds {which}; give more "
                 "clients or another share"
             )
+
+
+def _learns(recipe: Recipe, layers: int) -> bool:
+    """Whether a student of the first layers has a loss, see `common.nested.Tiers.recipe`."""
+    weights, pairs = recipe.weights, {"relation": recipe.relation_pairs, "hidden": recipe.hidden_pairs}
+    pairs["cls"] = pairs["hidden"]
+    inner = any(weights[part] > 0 and any(own < layers for own, _ in found) for part, found in pairs.items())
+    return inner or weights["soft"] + weights["hard"] > 0
 
 
 def clients_of_tiers(config: Config, data: FederatedDataset) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 from flwr.app import ConfigRecord
 
 from common.config import from_flat
+from common.errors import InputError
 from common.fixed_point import SCALE, ExactSum
 from common.models import load_teacher
 from common.nested import Tiers
 from common.slim import Shape, cut_student
 from common.wire import ClientLine, WireError, pack_reply
 from server.aggregation import Rejected
-from server.tiered import TieredSum
+from server.tiered import TieredSum, check_tiers
 
 SIZES = "1/1/8@0.4,2/1/16@0.3"
 TIER_OF = np.array([0, 2, 1, 0])
@@ -157,3 +159,19 @@ def _sum(tiers):
     total = ExactSum(tiers[2].held)
     total.add(update_of(tiers, 1, 2.0), 30)
     return total.compact
+
+
+@pytest.mark.parametrize("layers", ["last", "0:1", "even"])
+@pytest.mark.parametrize("part", ["hidden", "relation"])
+@pytest.mark.parametrize("soft", [0.0, 0.5])
+def test_a_tier_without_any_loss_is_refused(tiny_teacher, part, layers, soft):
+    teacher = load_teacher(tiny_teacher).config
+    keys = {f"distill.{part}-weight": 1.0, f"distill.{part}-layers": layers, "distill.soft-weight": soft}
+    config = from_flat({"student.layers": 2, "student.tiers": "1/0/0@0.5", "distill.hard-weight": 0.0, **keys})
+    data = SimpleNamespace(clients=4, eligible=np.arange(4), task=SimpleNamespace(regression=False))
+    shape = Shape.whole(teacher, (0, 3))
+    if soft or layers != "last":
+        check_tiers(config, shape, teacher, data)
+    else:
+        with pytest.raises(InputError, match=r"student.tiers = '1/0/0@0.5': the losses .* that 1 layers do not hold"):
+            check_tiers(config, shape, teacher, data)
