@@ -147,7 +147,9 @@ class DistillKeys(_Section):
         2.0, gt=0.0, le=100.0, description="softens both distributions; the loss is scaled by T^2"
     )
     soft_weight: Weight = Field(0.7, description="weight of KL(teacher, student) on softened probabilities")
-    hard_weight: Weight = Field(0.3, description="weight of the true label; 0: no label is ever read")
+    hard_weight: Weight = Field(
+        0.3, description="weight of the true label; 0, with constant `weighting`: no label is ever read"
+    )
     weighting: Literal["constant", "annealed", "adaptive"] = Field(
         "constant",
         description="annealed: over the rounds the soft weight goes to the hard; adaptive: in each example, as far as "

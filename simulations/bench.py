@@ -61,8 +61,17 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 }
 PLAIN = {  # what the loops do; with another value an arm would not do the same work
     "data.multi-label": False,
+    "distill.weighting": "constant",
     "distill.hidden-weight": 0.0,
+    "distill.cls-weight": 0.0,
+    "distill.relation-weight": 0.0,
+    "student.heads": 0,
+    "student.neurons": 0,
+    "student.vocabulary": 0,
+    "student.target-ratio": 0.0,
+    "student.tiers": "",
     "student.dropout": 0.0,
+    "client.grow-batch": False,
     "server.strategy": "fedavg",
     "server.lr": 1.0,
     "server.norm-bound": 0.0,

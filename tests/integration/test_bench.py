@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common.config import load_config
 from common.errors import InputError
-from simulations.bench import AGREE, ARMS, MUST_AGREE, WORKLOADS, choose_arms, workload_settings
+from simulations.bench import AGREE, ARMS, MUST_AGREE, WORKLOADS, bench, choose_arms, workload_settings
 
 # the learning rate of the plain loop in this process, ten times what it should be
 WRONG_LOOP = """
@@ -62,6 +63,19 @@ def test_what_the_loops_cannot_do_is_refused(fedistill, tiny):
     done = fedistill("bench", *tiny, "-s", "student.dropout=0.1")
     assert done.returncode == 2
     assert "student.dropout = 0.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "student.tiers='1/0/0@0.5'", "student.heads=1", "student.neurons=8", "student.vocabulary=90",
+        "student.target-ratio=0.5", "distill.weighting=annealed", "distill.cls-weight=1.0",
+        "distill.relation-weight=1.0",
+    ],
+)  # fmt: skip
+def test_students_and_losses_that_the_loops_do_not_have_are_refused(key):
+    with pytest.raises(InputError, match=rf"{key.partition('=')[0]} = .*: the plain loops know only"):
+        bench(load_config(settings=[key]), 1, None)
 
 
 def test_arms_and_workloads_go_by_name():
