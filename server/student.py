@@ -21,7 +21,7 @@ from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
 from common.distillation import Examples, learn, learnt, make_recipe, relation_heads
 from common.errors import InputError
-from common.families import embedding_width, head_count, neuron_count
+from common.families import embedding_width, family_of, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters
@@ -66,6 +66,11 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
     """
     teacher, model = lesson.teacher, lesson.model
     keys = config.student
+    if config.distill.cls_weight > 0 and family_of(model).reads_last:
+        raise InputError(
+            f"distill.cls-weight = {config.distill.cls_weight}: this teacher reads from left to right, so that a "
+            "text's first piece knows nothing of the others; give 0, or distill.hidden-weight"
+        )
     layers = choose_layers(keys.layer_selection, keys.layers, model.config.num_hidden_layers)
     tokenizer = load_tokenizer(teacher.folder)
     pieces = _pieces(config, lesson, tokenizer, layers)

@@ -102,3 +102,14 @@ def test_it_is_fine_tuned_and_a_student_cut_and_warmed_up(tmp_path, ratio, monke
     assert plain.config.pad_token_id == tokens.pad
     # what the configuration calls dropout differs between families
     assert all(module.p == 0 for module in pupil.model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_first_pieces_that_have_read_nothing_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDISTILL_CACHE", str(tmp_path / "cache"))
+    folder = make_gpt2(tmp_path / "gpt2")
+    config, _ = make_dataset(
+        make_reviews(tmp_path / "a.csv", 150), folder, tmp_path / "cache", student__layers=2, distill__cls_weight=1.0,
+        client__precision="fp32",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"distill.cls-weight = 1.0: this teacher reads from left to right"):
+        prepare(config, Silent())
