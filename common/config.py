@@ -166,7 +166,10 @@ class DistillKeys(_Section):
     relation_weight: Weight = Field(
         0.0, description="weight of the loss on relations of queries, keys and values; the teacher runs along"
     )
-    relation_layers: str = Field("last", description="layers whose relations are compared, as `hidden-layers`")
+    relation_layers: str = Field(
+        "last",
+        description="layers whose relations are compared, as `hidden-layers`; a tier without these has no such loss",
+    )
     relation_heads: int = Field(0, ge=0, le=1024, description="relation heads; 0: as many as both models' heads allow")
     self_weight: Weight = Field(
         1.0,
@@ -191,7 +194,7 @@ class ClientKeys(_Section):
         ge=AUTO_BUDGET,
         description="padded word pieces in memory at once: a batch passes in such parts and their gradients are added "
         "up; 0: as `token-budget`; -1: found on each device by its memory and speed, and halved when memory runs out: "
-        "such a run can be reproduced only on devices of the same kind that are as free",
+        "such a run can be reproduced only on devices of the same kind that are as free; at the server `token-budget`",
     )
     grow_batch: bool = Field(
         False,
@@ -413,10 +416,12 @@ class Config(_Section):
                 f"client.max-token-budget = {keys.max_token_budget}: client.grow-batch = true starts from "
                 f"client.token-budget = {keys.token_budget}; give at least that"
             )
+        if self.server.cohort == 1:
+            raise ValueError("client.grow-batch = true: one client has no noise scale; give server.cohort = 2 or more")
         if self.server.strategy in (*ROBUST, *KEEPING):
             raise ValueError(
-                f"client.grow-batch = true: the noise scale compares clients with their mean, which server.strategy = "
-                f"{self.server.strategy!r} does not take; give false"
+                f"client.grow-batch = true: no noise scale is measured with server.strategy = "
+                f"{self.server.strategy!r}; give false"
             )
 
     def _votes_are_no_updates(self) -> None:

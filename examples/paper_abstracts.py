@@ -57,7 +57,7 @@ SPECIFIC = (
     "Measured by {quantity}, {subject} behave in a way that nobody expected.",
     "With {method} we follow {subject} over time and record {quantity}.",
     "A change of {quantity} goes along with a change in {subject}.",
-    "The effect on {quantity} stays when {method} is replaced by {method}.",
+    "The effect on {quantity} stays when {method} is left out.",
     "We explain {quantity} by a model of {subject}.",
 )
 CLOSING = (
@@ -115,5 +115,9 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=200, help="abstracts (200)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
     given = parser.parse_args()
+    if given.count < 1:
+        parser.error(f"--count {given.count}: give at least 1")
+    if not given.path.parent.is_dir():
+        parser.error(f"{given.path}: no such folder; make it first")
     write(given.path, given.count, given.seed)
     print(f"{given.path}: {given.count} abstracts of {len(FIELDS)} fields")

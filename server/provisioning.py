@@ -81,6 +81,11 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
     Raises:
         InputError: a key asks for more than the teacher has.
     """
+    if config.student.tiers:
+        raise InputError(
+            f"student.tiers = {config.student.tiers!r}: the smaller students that a client trains inside its own are "
+            "not counted; leave them out, and take the tiers from what each device gets"
+        )
     if config.server.strategy in KEEPING:
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: its clients keep a model of their own, whose costs are not "

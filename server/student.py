@@ -164,7 +164,7 @@ def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: 
         fewest: pieces that must be kept.
 
     Raises:
-        InputError: fewer than these would be left.
+        InputError: fewer than these would be left, or all are too few.
     """
     keys, teacher = config.student, model.config
     base = narrowed(config, Shape.whole(teacher, layers))
@@ -179,6 +179,12 @@ def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: 
         raise InputError(
             f"student.target-ratio = {keys.target_ratio}: this student has {least:.3f} of the teacher's parameters at "
             "least; give fewer student.layers, heads or neurons, or a student.embedding-rank"
+        )
+    most = (rest + teacher.vocab_size * width) / count_parameters(model)
+    if keys.target_ratio > most + 0.001:
+        raise InputError(
+            f"student.target-ratio = {keys.target_ratio}: with all word pieces this student has {most:.3f} of the "
+            "teacher's parameters; give at most that, or more student.layers, heads or neurons"
         )
     return 0 if keep == teacher.vocab_size else keep
 

@@ -105,8 +105,11 @@ def test_a_target_counts_the_heads_and_neurons_that_will_be_cut(school):
     assert (len(final.shape.heads[0]), len(final.shape.neurons[0])) == (1, 8)
 
 
-def test_a_target_that_the_whole_vocabulary_meets_leaves_it_whole(school):
-    pupil = school.student(student__target_ratio=0.99)
+def test_a_target_that_the_whole_vocabulary_meets_leaves_it_whole_and_a_larger_one_is_refused(school):
+    message = refusal(school, student__target_ratio=0.99)
+    assert message.startswith("student.target-ratio = 0.99: with all word pieces this student has 0.")
+    most = float(message.split("has ")[1].split(" ")[0])
+    pupil = school.student(student__target_ratio=most)
     assert pupil.shape == Shape.whole(school.lesson.model.config, (0, 3))
     assert pupil.taught is None
 
