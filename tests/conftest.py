@@ -23,6 +23,7 @@ from common.tokens import Tokens, tokenize
 
 # both are read when a library of the hub is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of processes that tests start: a busy machine's cores are shared
 _TABLES = tempfile.TemporaryDirectory(prefix="fedistill-tests-")
 os.environ["HF_DATASETS_CACHE"] = _TABLES.name
 

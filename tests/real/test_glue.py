@@ -21,10 +21,13 @@ from tests.integration.conftest import fedistill, read_summary  # noqa: F401 (a 
 
 SMALL = {
     "sst2": {"data.limit": 5000, "data.clients": 8, "server.cohort": 4, "rounds": 3},
-    "cola": {"data.limit": 3000, "data.clients": 4, "rounds": 1},
-    "mrpc": {"data.limit": 2000, "data.clients": 4, "rounds": 1},
-    "stsb": {"data.clients": 4, "rounds": 3, "client.epochs": 3, "data.public-fraction": 0.4},
-}
+    "cola": {"data.limit": 1500, "data.clients": 4, "rounds": 1},
+    "mrpc": {"data.limit": 1000, "data.clients": 4, "rounds": 1},
+    "stsb": {
+        "data.limit": 3600, "data.clients": 4, "rounds": 2, "client.epochs": 4, "data.public-fraction": 0.5,
+        "student.warm-epochs": 4, "distill.weighting": "adaptive",
+    },
+}  # fmt: skip
 
 
 def settings(task: str, glue: Path, **extra: object) -> list[str]:
