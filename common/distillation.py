@@ -279,6 +279,7 @@ def set_gradients_in(
     state: Learning,
     examples: Examples,
     places: NDArray[np.int64],
+    lengths: NDArray[np.int64],
     *,
     recipe: Recipe,
     compute: Compute,
@@ -288,8 +289,8 @@ def set_gradients_in(
 
     Args:
         room: see `learn`.
+        lengths: word pieces of each of the examples.
     """
-    lengths = examples.data.tokens.lengths(examples.rows)
     while True:
         budget = recipe.micro_budget if room is None else room.pieces
         cuts = cut(places, lengths, budget) if budget else [places]
@@ -425,7 +426,9 @@ def learn(
             if recipe.last_lr:
                 passed = number / max(len(batches) - 1, 1)
                 student.optimizer.param_groups[0]["lr"] = recipe.lr + (recipe.last_lr - recipe.lr) * passed
-            told = set_gradients_in(room, state, examples, places, recipe=recipe, compute=compute, teacher=teacher)
+            told = set_gradients_in(
+                room, state, examples, places, lengths, recipe=recipe, compute=compute, teacher=teacher
+            )
             step(state, told, len(places), recipe)
             advance(len(places))
     finally:

@@ -212,7 +212,8 @@ def test_what_was_added_up_before_memory_ran_out_is_forgotten(scene, small_devic
     expected = gradient(85)
     state = begin(scene.student, scene.weights, replace(recipe, lr=0.0))
     small_device(sorted(sizes)[-2])
-    told = set_gradients_in(Room(85), state, scene.examples, places, recipe=recipe, compute=FP32)
+    lengths = scene.examples.data.tokens.lengths(scene.examples.rows)
+    told = set_gradients_in(Room(85), state, scene.examples, places, lengths, recipe=recipe, compute=FP32)
     found = np.concatenate(
         [weight.grad.numpy().ravel() for weight in state.trained.values() if weight.grad is not None]
     )
