@@ -74,6 +74,9 @@ class ConsensusWorker(Worker):
             found += super()._score([client], tier)
         return found
 
+    def _starting(self, tier: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        return tensors  # outputs, the same for all
+
     def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
         """Digest, revisit, vote; the student is on disk before its vote leaves."""
         number, examples = instruction.round, self._examples(client)

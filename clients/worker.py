@@ -166,6 +166,7 @@ class Worker:
         """
         tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
+        received = {tier: self._starting(tier, tensors) for tier in tiers}
         growing = self.config.client.grow_batch
         extra = SQUARES_SHAPE if growing else {}
         totals = {self._sum(tier): ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
@@ -176,7 +177,7 @@ class Worker:
         for client, base in zip(instruction.clients, instruction.feedback, strict=True):
             began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
-                update = self._train_one(tensors, instruction, client, base)
+                update = self._train_one(received[tier], instruction, client, base)
                 if packed:
                     squares = squares_of(update.arrays) if growing else {}
                     totals[self._sum(tier)].add(update.arrays | squares, update.weight)
@@ -279,24 +280,28 @@ class Worker:
         memory.save(client, number, base, residual)
         return parts
 
+    def _starting(self, tier: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What a tier's clients start from, of a message's tensors."""
+        return self.tiers.part(tier, tensors)
+
     def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
-        """What a client makes of the tensors of a message; ``base``: the round of its last answer that was taken."""
+        """What a client makes of its tier's tensors; ``base``: the round of its last answer that was taken."""
         tier, teacher = int(self.tier_of[client]), self.teacher.config
         recipe = self._recipe(instruction.round)
         if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
             recipe = replace(recipe, token_budget=instruction.token_budget)
         recipe = self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher)
-        weights, examples = self.tiers.part(tier, received), self._examples(client)
+        examples = self._examples(client)
         return distil(
             self.students[tier],
-            weights,
+            received,
             examples,
             recipe=recipe,
             compute=self.compute,
             seed=self.config.seed,
             who=(instruction.round, client),
             teacher=self.teacher,
-            room=self._room(tier, weights, examples, recipe),
+            room=self._room(tier, received, examples, recipe),
         )
 
     def _recipe(self, round_number: int) -> Recipe:
