@@ -529,20 +529,32 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
         raise InputError(_first_problem(error)) from None
 
 
+def read_document(path: Path, wanted: str) -> dict[str, Any]:
+    """A TOML file as it is.
+
+    Args:
+        wanted: what to give where there is no such file.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give {wanted}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Dotted keys of a TOML file; neither keys nor values are checked.
 
     Raises:
         InputError: it cannot be read, or is not TOML.
     """
-    try:
-        document = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a TOML file, or none for the demo") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    document = read_document(path, "a TOML file, or none for the demo")
     flat: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, dict) and (value or key in Config.model_fields):

@@ -5,13 +5,13 @@ preset = "phone-low"    # what the table leaves out
 latency-ms = 20         # a budget: one sentence, alone
 """
 
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from common.config import read_document
 from common.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0, le=1e12)]
@@ -131,14 +131,7 @@ def load_profiles(
     Raises:
         InputError: naming file, table and key.
     """
-    try:
-        document = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a TOML file with a table for each device") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    document = read_document(path, "a TOML file with a table for each device")
     if probed:
         if THIS in document:
             raise InputError(f"{path}: [{THIS}]: --probe gives this machine that name; give the table another")

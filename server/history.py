@@ -88,7 +88,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
     student = {
         "params": student_size,
         "params_ratio": student_size / teacher_size,
-        "shape": _shape(federation.pupil.shape),
+        "shape": shape_figures(federation.pupil.shape),
         "federated": history.student,
         "validation": history.validation,
     }
@@ -139,7 +139,8 @@ def _tiers(federation: Federation, history: History) -> list[dict[str, Any]]:
     return [{**row, **{name: each[n] for name, each in found.items()}} for n, row in enumerate(rows)]
 
 
-def _shape(shape: Shape) -> dict[str, Any]:
+def shape_figures(shape: Shape) -> dict[str, Any]:
+    """Sizes, of each layer what all have."""
     return {
         "layers": list(shape.layers),
         "heads": len(shape.heads[0]),

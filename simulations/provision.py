@@ -16,6 +16,7 @@ from common.config import Config
 from common.cost import Cost, Work
 from common.devices import load_profiles
 from common.errors import InputError
+from server.history import shape_figures
 from server.provisioning import Candidate, Choice, Lattice, choose_student, make_lattice
 from server.teacher import check_length, find_teacher
 from simulations.display import console_on, progress_for
@@ -106,13 +107,8 @@ def to_json(choices: dict[str, Choice], lattice: Lattice, work: Work, found: Mea
     """All figures."""
 
     def figures(student: Candidate, cost: Cost) -> dict[str, Any]:
-        shape = student.shape
         return {
-            "layers": list(shape.layers),
-            "heads": len(shape.heads[0]),
-            "neurons": len(shape.neurons[0]),
-            "pieces": shape.pieces,
-            "rank": shape.rank,
+            **shape_figures(student.shape),
             "parameters": student.size.parameters,
             "trained": student.size.trained,
             **asdict(cost),
