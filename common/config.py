@@ -233,6 +233,7 @@ class ServerKeys(_Section):
     )
     public_epochs: int = Field(1, ge=1, le=1000, description="passes over these")
     public_lr: Rate = Field(1e-4, description="AdamW learning rate of these passes; it falls to a tenth within a round")
+    average_rounds: int = Field(1, ge=1, description="the final student is the mean of so many last rounds' students")
     norm_bound: float = Field(0.0, ge=0.0, description="scale each client's update down to this norm; 0: not")
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -358,12 +359,7 @@ class Config(_Section):
             raise ValueError(
                 f"server.cohort = {self.server.cohort}: there are data.clients = {self.data.clients}; give at most that"
             )
-        if self.server.over_select > 1.0 and not self.server.cohort:
-            raise ValueError(
-                f"server.over-select = {self.server.over_select}: server.cohort = 0 asks everyone; give a cohort"
-            )
-        if self.server.packing == "on" and (reasons := _needs_own_updates(self.server.model_dump(by_alias=True))):
-            raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
+        self._check_server()
         self._votes_are_no_updates()
         self._mentors_need_labels()
         if self.server.strategy in PUBLIC and not self.data.public_fraction:
@@ -377,6 +373,17 @@ class Config(_Section):
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
+
+    def _check_server(self) -> None:
+        keys = self.server
+        if keys.over_select > 1.0 and not keys.cohort:
+            raise ValueError(f"server.over-select = {keys.over_select}: server.cohort = 0 asks everyone; give a cohort")
+        if keys.packing == "on" and (reasons := _needs_own_updates(keys.model_dump(by_alias=True))):
+            raise ValueError(f"server.packing = 'on': {reasons[0]} needs each client's own update; give auto or off")
+        if keys.average_rounds > self.rounds:
+            raise ValueError(
+                f"server.average-rounds = {keys.average_rounds}: there are rounds = {self.rounds}; give at most that"
+            )
 
     def _what_tiers_allow(self) -> None:
         if not self.student.sizes:

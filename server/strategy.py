@@ -26,6 +26,7 @@ from common.noise import SQUARES
 from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.assignment import pick_cohort
+from server.averaging import mean_of_last
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.consensus import Consensus
 from server.exchange import NAMES, Exchange, StreamingGrid
@@ -165,7 +166,8 @@ class FederatedDistillation(Strategy):
         if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
         self._record_training(phase, intake, grown)
-        self.weights = self.method.step(number, self.weights, update, intake, self.optimizer)
+        moved = self.method.step(number, self.weights, update, intake, self.optimizer)
+        self.weights = mean_of_last(self.config, number, moved, self.optimizer)
         return None, None
 
     def configure_evaluate(

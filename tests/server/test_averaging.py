@@ -1,0 +1,49 @@
+"""The final student as the mean of the last rounds'."""
+
+import numpy as np
+import pytest
+
+from common.config import load_config
+from common.errors import InputError
+from server.averaging import mean_of_last
+
+
+def rounds(span, values):
+    """What each round ends with, when the rule alone would end in these values."""
+    config = load_config(None, [f"rounds={len(values)}", f"server.average-rounds={span}"])
+    memory, found = {}, []
+    for number, value in enumerate(values, start=1):
+        moved = {"a": np.full((2,), value, dtype=np.float32)}
+        found.append(float(mean_of_last(config, number, moved, memory)["a"][0]))
+    return found, memory
+
+
+def test_only_the_last_round_ends_in_the_mean():
+    assert rounds(3, [8.0, 1.0, 2.0, 6.0]) == ([8.0, 1.0, 2.0, 3.0], {})
+
+
+def test_the_mean_of_one_round_is_that_round():
+    assert rounds(1, [8.0, 5.0]) == ([8.0, 5.0], {})
+
+
+def test_all_rounds():
+    assert rounds(2, [1.0, 2.0])[0] == [1.0, 1.5]
+
+
+def test_the_sum_so_far_is_in_the_memory_that_checkpoints_keep():
+    config = load_config(None, ["rounds=3", "server.average-rounds=3"])
+    memory = {"first/a": np.zeros(1)}
+    mean_of_last(config, 1, {"a": np.array([0.1], dtype=np.float32)}, memory)
+    assert set(memory) == {"first/a", "sum-of-last/a"}
+    assert memory["sum-of-last/a"].dtype == np.float64
+
+
+def test_the_mean_is_rounded_once():
+    values = np.float32([0.1, 0.2, 0.4])
+    found, _ = rounds(3, values)
+    assert found[-1] == float(np.float32(np.sum(values.astype(np.float64)) / 3))
+
+
+def test_no_more_rounds_than_there_are():
+    with pytest.raises(InputError, match=r"server\.average-rounds = 6: there are rounds = 5; give at most that"):
+        load_config(None, ["rounds=5", "server.average-rounds=6"])
