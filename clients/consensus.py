@@ -17,10 +17,12 @@ from clients.round_files import RoundFiles
 from clients.worker import ClientRefused, Finished, Groups, Scored, Worker
 from common.config import Config
 from common.consensus import temperature, vote
-from common.distillation import Examples, Learning, Recipe, learn, learnt
+from common.distillation import Learning, learn, learnt
 from common.inference import predict
+from common.objective import Examples
 from common.public import public_recipe, public_rows
 from common.pupil import load_exits
+from common.recipe import Recipe
 from common.seeding import seed_for
 from common.wire import ClientLine, Instruction, Shapes
 

@@ -20,9 +20,11 @@ from scipy.optimize import nnls
 from common.config import Config
 from common.cost import BATCH, LENGTH, MEGA, Size, forward_flops, operations_per_piece, size_of, training_flops
 from common.device import Compute, choose_compute
-from common.distillation import Batch, Student, begin, make_recipe, set_gradients, step
+from common.distillation import Student, begin, set_gradients, step
 from common.models import freeze_embeddings
+from common.objective import Batch
 from common.progress import Progress
+from common.recipe import make_recipe
 from common.slim import Shape, build
 
 POWERCAP = Path("/sys/class/powercap")

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.device import Compute
-from common.distillation import PARTS, Examples, Learning, Recipe, Room, Student, learn
+from common.distillation import Learning, Room, Student, learn
 from common.fixed_point import Rows
+from common.objective import Examples
+from common.recipe import PARTS, Recipe
 
 
 @dataclass(frozen=True)

@@ -33,23 +33,11 @@ from clients.worker import Worker
 from common.batches import cut, token_budget_batches
 from common.config import Config
 from common.device import Compute
-from common.distillation import (
-    Batch,
-    Examples,
-    Learning,
-    Recipe,
-    Student,
-    batch_of,
-    begin,
-    compared,
-    learnt,
-    make_recipe,
-    output_losses,
-    restore,
-    shares_of,
-)
+from common.distillation import Learning, Student, begin, learnt, restore
 from common.losses import HIDDEN_LOSSES, pooled
 from common.models import choose_layers, freeze_embeddings
+from common.objective import Batch, Examples, batch_of, compared, output_losses, shares_of
+from common.recipe import Recipe, make_recipe
 from common.seeding import generator, seed_for
 from common.slim import Shape, cut_student
 from common.wire import Instruction

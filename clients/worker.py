@@ -25,7 +25,7 @@ from common.compression import Wire, compress, wire_for
 from common.config import AUTO_BUDGET, Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
-from common.distillation import Examples, Recipe, Room, make_recipe
+from common.distillation import Room
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
@@ -34,8 +34,10 @@ from common.metrics import statistics_length
 from common.models import load_teacher
 from common.nested import Tiers
 from common.noise import SQUARES_SHAPE, squares_of
+from common.objective import Examples
 from common.probe import SHARE, find_room
 from common.pupil import open_pupil
+from common.recipe import Recipe, make_recipe
 from common.seeding import generator
 from common.store import cache_folder
 from common.tiers import assign_tiers, group_name

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from common.batches import token_budget_batches
 from common.device import Compute
-from common.distillation import Examples, Recipe, batch_of, output_losses
 from common.families import family_of, head_count, layers_of
 from common.losses import pooled
+from common.objective import Examples, batch_of, output_losses
+from common.recipe import Recipe
 from common.seeding import generator
 
 MOST = 256  # examples of a client that are looked at: an estimate

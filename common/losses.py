@@ -2,7 +2,7 @@
 
 Those on outputs give one number per example, (batch,), because examples may weigh differently; those on inner states
 give one number, and take the windows of an example that has several as examples. A teacher and a student that cut text
-into different pieces are compared word by word, at each word's first piece: `common.distillation` gathers these before
+into different pieces are compared word by word, at each word's first piece: `common.objective` gathers these before
 it calls.
 """
 

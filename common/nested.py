@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.config import Config
-from common.distillation import Recipe, Student, relation_heads
+from common.distillation import Student
 from common.families import family_of, is_exit, side_by_side
 from common.models import freeze_embeddings
+from common.recipe import Recipe, relation_heads
 from common.slim import Shape, beginning, build
 
 Shapes = dict[str, tuple[int, ...]]

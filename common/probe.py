@@ -20,7 +20,9 @@ from torch import Tensor
 
 from common.dataset import Split
 from common.device import Compute, free_memory, is_out_of_memory
-from common.distillation import Examples, Recipe, Room, Student, batch_of, begin, restore, set_gradients
+from common.distillation import Room, Student, begin, restore, set_gradients
+from common.objective import Examples, batch_of
+from common.recipe import Recipe
 from common.seeding import generator
 from common.tokens import Tokens
 

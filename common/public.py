@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import ServerKeys
-from common.distillation import PARTS, Recipe
 from common.partition import Index
+from common.recipe import PARTS, Recipe
 from common.seeding import generator
 
 

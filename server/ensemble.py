@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.distillation import Examples, learn, learnt, make_recipe
+from common.distillation import learn, learnt
 from common.inference import predict
+from common.objective import Examples
 from common.progress import Progress, Step
 from common.public import public_recipe, public_rows
+from common.recipe import make_recipe
 from server.preparation import Federation
 
 Weights = Mapping[str, NDArray[np.float32]]

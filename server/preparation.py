@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from common.config import Config
 from common.dataset import FederatedDataset
 from common.device import Compute
-from common.distillation import DEEP
 from common.errors import InputError
 from common.models import choose_layers, pair_hidden_layers
 from common.nested import Tiers
 from common.progress import Progress
 from common.pupil import Pupil, load_exits
+from common.recipe import DEEP
 from common.slim import build
 from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson

@@ -17,9 +17,9 @@ from common.config import KEEPING, Config
 from common.cost import Cost, Size, Work, predict_cost, size_of
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
-from common.distillation import make_recipe
 from common.errors import InputError
 from common.models import choose_layers
+from common.recipe import make_recipe
 from common.slim import Shape, build
 from common.tasks import GLUE
 from common.vocabulary import choose_pieces, fewest_pieces

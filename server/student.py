@@ -19,16 +19,18 @@ from torch import Tensor
 from common.config import AUTO_BUDGET, Config
 from common.corpus import labelled
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import Examples, learn, learnt, make_recipe, relation_heads
+from common.distillation import learn, learnt
 from common.errors import InputError
 from common.families import embedding_width, family_of, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.inference import predict
 from common.models import choose_layers, count_parameters
 from common.nested import Tiers
+from common.objective import Examples
 from common.probe import find_room
 from common.progress import Progress
 from common.pupil import EXITS, Pupil, open_pupil, save_pupil
+from common.recipe import make_recipe, relation_heads
 from common.seeding import generator, seed_for
 from common.slim import Numbers, Shape, build, cut_student, narrow
 from common.store import build_folder, cache_folder

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.dataset import FederatedDataset
-from common.distillation import Recipe, make_recipe, relation_heads
 from common.errors import InputError
 from common.families import head_count, neuron_count
 from common.fixed_point import SCALE
 from common.nested import Tiers
+from common.recipe import Recipe, make_recipe, relation_heads
 from common.slim import Shape, beginning
 from common.tiers import assign_tiers, group_name
 from common.wire import ClientLine, unpack_lines, unpack_updates

@@ -6,9 +6,11 @@ import numpy as np
 
 from clients.distillation import distil
 from common.dataset import Split
-from common.distillation import PARTS, Examples, Recipe, Student, learn
+from common.distillation import Student, learn
 from common.inference import predict
 from common.models import freeze_embeddings, load_teacher
+from common.objective import Examples
+from common.recipe import PARTS, Recipe
 from tests.conftest import FP32, make_sentences, make_student, make_tokens
 
 WEIGHTS = {**dict.fromkeys(PARTS, 0.0), "soft": 0.7, "hard": 0.3}

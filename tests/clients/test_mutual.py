@@ -13,10 +13,11 @@ from clients.mutual import MutualWorker, learn_together, mutual_loss
 from common.compression import compress, decompress, wire_for
 from common.config import from_flat
 from common.dataset import Split, load_tokenizer
-from common.distillation import Examples, Student
+from common.distillation import Student
 from common.errors import InputError
 from common.inference import predict
 from common.models import freeze_embeddings, load_teacher
+from common.objective import Examples
 from common.progress import Silent
 from common.tokens import tokenize
 from common.wire import ClientLine, Instruction, own_update, pack_reply

@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 from clients.consensus import ConsensusWorker
 from common.config import from_flat
-from common.distillation import Examples, learn, learnt, make_recipe
+from common.distillation import learn, learnt
 from common.inference import predict
 from common.metrics import tally
+from common.objective import Examples
 from common.progress import Silent
 from common.public import public_recipe, public_rows
+from common.recipe import make_recipe
 from common.seeding import seed_for
 from common.tiers import group_name
 from common.wire import ClientLine, Instruction, WireError, pack_reply

@@ -11,12 +11,13 @@ import clients.worker as module
 from clients.distillation import distil
 from clients.worker import Worker
 from common.compression import decompress, wire_for
-from common.distillation import Examples, make_recipe
 from common.fixed_point import ExactSum, Rows
 from common.hashing import hash_tensors
 from common.inference import predict
 from common.metrics import scores, tally
 from common.models import load_teacher
+from common.objective import Examples
+from common.recipe import make_recipe
 from common.store import cache_folder
 from common.wire import NOT_FINITE, Instruction, own_update
 from tests.conftest import FP32, make_dataset, make_needs, make_reviews, make_sentences, make_teacher, make_tokens

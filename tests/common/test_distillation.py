@@ -14,23 +14,13 @@ from transformers import BertConfig
 from common.batches import token_budget_batches
 from common.config import from_flat
 from common.dataset import Split, load_tokenizer
-from common.distillation import (
-    _aligned,
-    _outer,
-    batch_of,
-    begin,
-    compared,
-    learn,
-    learnt,
-    make_recipe,
-    output_losses,
-    pull_back,
-    relation_heads,
-)
+from common.distillation import begin, learn, learnt, pull_back
 from common.errors import InputError
 from common.families import FAMILIES
 from common.inference import predict
 from common.models import load_teacher
+from common.objective import _aligned, _outer, batch_of, compared, output_losses
+from common.recipe import make_recipe, relation_heads
 from common.seeding import generator
 from common.slim import Shape, cut_student
 from common.tokens import Tokens

@@ -9,20 +9,11 @@ import torch
 from common.batches import cut, token_budget_batches
 from common.config import from_flat
 from common.dataset import Split, load_tokenizer
-from common.distillation import (
-    PARTS,
-    Examples,
-    Recipe,
-    Student,
-    batch_of,
-    begin,
-    learn,
-    make_recipe,
-    restore,
-    set_gradients,
-)
+from common.distillation import Student, begin, learn, restore, set_gradients
 from common.inference import predict
 from common.models import freeze_embeddings, load_teacher
+from common.objective import Examples, batch_of
+from common.recipe import PARTS, Recipe, make_recipe
 from common.seeding import generator
 from common.slim import Shape, cut_student
 from common.tokens import tokenize

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from common.config import from_flat
-from common.distillation import Batch, begin, make_recipe, set_gradients, step
+from common.distillation import begin, set_gradients, step
 from common.families import FAMILIES
 from common.models import count_parameters, load_teacher
 from common.nested import Tiers
+from common.objective import Batch
+from common.recipe import make_recipe
 from common.slim import Shape, cut_student, narrow, widen
 from tests.conftest import FP32, make_teacher
 

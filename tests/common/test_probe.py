@@ -9,7 +9,8 @@ import torch
 from common.batches import cut
 from common.dataset import Split
 from common.device import free_memory, is_out_of_memory
-from common.distillation import Examples, Room, batch_of, begin, learn, set_gradients, set_gradients_in
+from common.distillation import Room, begin, learn, set_gradients, set_gradients_in
+from common.objective import Examples, batch_of
 from common.probe import Point, choose, find_room, made_up
 from common.tokens import Tokens
 from tests.common.test_micro_batches import EVERY, RECIPE, Scene

@@ -11,11 +11,13 @@ from transformers import AutoTokenizer
 from common.batches import token_budget_batches
 from common.config import from_flat
 from common.dataset import Split, in_pieces_of
-from common.distillation import Examples, Student, batch_of, begin, make_recipe, set_gradients, step
+from common.distillation import Student, begin, set_gradients, step
 from common.errors import InputError
 from common.importance import importance
 from common.inference import predict
 from common.models import freeze_embeddings, load_teacher
+from common.objective import Examples, batch_of
+from common.recipe import make_recipe
 from common.slim import Shape, cut_student
 from common.tokens import tokenize
 from server.preparation import check_windows

@@ -1,0 +1,239 @@
+"""What a student learns from: a batch of examples on their device, and the parts of the loss on it.
+
+The losses themselves are `common.losses`. For a task that predicts a score, KL and cross-entropy become squared errors.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common import losses
+from common.dataset import Split
+from common.device import Compute
+from common.families import family_of, layers_of
+from common.recipe import BY_PLACE, BY_WINDOW, DEEP, PARTS, Recipe
+from common.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a student learns from.
+
+    Attributes:
+        data: the examples in the student's pieces.
+        rows: (n,) row numbers in ``data``.
+        soft: (n, num_labels) the teacher's logits of these rows.
+        taught: all rows of ``data`` in the teacher's pieces, where those are others.
+    """
+
+    data: Split
+    rows: NDArray[np.int64]
+    soft: NDArray[np.float32]
+    taught: Tokens | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples on their device: a batch, or a part of one.
+
+    Attributes:
+        inputs: the student's, a row for each window of the examples.
+        soft: (batch, num_labels) the teacher's logits.
+        hard: (batch,) labels, (batch, classes) for multi-label, or None when they are not read.
+        taught: the teacher's inputs, for losses on inner states.
+        positions: at how many positions the inner states are compared.
+        places: where the two are compared: (batch, positions) in the student's and in the teacher's inputs, and a
+            mask of these; None: everywhere.
+        pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
+    """
+
+    inputs: dict[str, Tensor]
+    soft: Tensor
+    hard: Tensor | None
+    taught: dict[str, Tensor]
+    positions: int
+    places: tuple[Tensor, Tensor, Tensor] | None = None
+    pooling: Tensor | None = None
+
+
+def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, compute: Compute) -> Batch:
+    """The examples at some places of ``rows``, on their device."""
+    data, rows, device = examples.data, examples.rows[places], compute.device
+
+    def inputs(tokens: Tokens) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in tokens.batch(rows).items()}
+
+    # when they are not needed, labels are not even read: a client may have none
+    hard = torch.from_numpy(np.asarray(data.labels[rows])).to(device) if recipe.labelled else None
+    own, taught, compared = inputs(data.tokens), {}, None
+    pooling = data.tokens.pooling(rows)
+    positions = int(data.tokens.widths(data.tokens.windows(rows)[0]).sum())
+    if recipe.deep and examples.taught is not None:
+        taught = inputs(examples.taught)
+        compared, positions = _aligned(data.tokens, examples.taught, rows, device)
+    elif recipe.deep:
+        taught = own
+    soft = torch.from_numpy(examples.soft[places]).to(device)
+    pooling = None if pooling is None else pooling.to(device)
+    return Batch(own, soft, hard, taught, positions, compared, pooling)
+
+
+def _aligned(
+    own: Tokens, taught: Tokens, rows: NDArray[np.int64], device: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """Where the same words begin in both, as far as both hold them, and at how many places that is.
+
+    A text cut short may end earlier in one.
+    """
+    pairs = [(a, b, min(len(a), len(b))) for a, b in zip(own.words(rows), taught.words(rows), strict=True)]
+    shape = len(rows), max(size for *_, size in pairs)
+    found = np.zeros((3, *shape), dtype=np.int64)
+    for row, (a, b, size) in enumerate(pairs):
+        found[0, row, :size], found[1, row, :size], found[2, row, :size] = a[:size], b[:size], 1
+    first, second, mask = torch.from_numpy(found).to(device)
+    return (first, second, mask), sum(size for *_, size in pairs)
+
+
+def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:
+    """How much each part of a batch adds to the means over the batch that make up the loss, by `PARTS`.
+
+    A mean over the batch is made of the parts' means, each by its share of what the mean is over.
+    """
+    sizes = [
+        {"place": part.positions, "window": len(part.inputs["input_ids"]), "example": len(part.soft)} for part in parts
+    ]
+    totals = {of: sum(size[of] for size in sizes) for of in sizes[0]}
+    over = {name: "place" if name in BY_PLACE else "window" if name in BY_WINDOW else "example" for name in PARTS}
+    return [{name: size[of] / totals[of] for name, of in over.items()} for size in sizes]
+
+
+def objective(parts: Mapping[str, Tensor], batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
+    """The loss, (), from its parts as `parts_of` gives them, with these weights."""
+    loss = torch.stack([weights[name] * part for name, part in parts.items() if name in DEEP]).sum() + _outer(
+        parts["soft"], parts["hard"], batch, recipe, weights
+    )
+    return loss + weights["self"] * parts["self"]
+
+
+def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
+    """The loss on outputs from its two parts, each (batch,)."""
+    on_soft, on_hard = weights["soft"], weights["hard"]
+    if not recipe.adaptive:
+        return on_soft * soft.mean() + on_hard * hard.mean()
+    assert batch.hard is not None
+    trust = _trust(batch.soft, batch.hard, recipe)
+    return (on_soft * trust * soft + (on_hard + on_soft * (1.0 - trust)) * hard).mean()
+
+
+def _trust(soft: Tensor, hard: Tensor, recipe: Recipe) -> Tensor:
+    """(batch,) how right the teacher is, from 0 to 1: its probability of the label; exp(-error^2) for a score.
+
+    For multi-label its probability of what the label says of a class, mean over classes.
+    """
+    if recipe.regression:
+        return torch.exp(-losses.score_error(soft, hard.float()))
+    if recipe.multi_label:
+        return torch.sigmoid(torch.where(hard > 0, soft, -soft)).mean(dim=-1)
+    return torch.softmax(soft, dim=-1).gather(1, hard[:, None]).squeeze(1)
+
+
+def parts_of(
+    model: Any,
+    batch: Batch,
+    recipe: Recipe,
+    compute: Compute,
+    *,
+    teacher: Any = None,
+    smaller: Sequence[Any] = (),
+    vocabulary: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The parts of a student's loss: soft and hard (batch,), the others ().
+
+    Args:
+        smaller: the students inside it that it teaches; see `common.nested`.
+        vocabulary: the word pieces that the rows of its word embedding stand for; None: all.
+    """
+    own = batch.inputs
+    if vocabulary is not None:
+        own = {**own, "input_ids": torch.searchsorted(vocabulary, own["input_ids"])}
+    related = recipe.weights["relation"] > 0
+    with compute.autocast(), _watched(model, [s for s, _ in recipe.relation_pairs] * related) as ours:
+        output = model(**own, output_hidden_states=recipe.deep)
+    logits = losses.pooled(output.logits, batch.pooling)
+    zero = logits.new_zeros(())
+    parts = dict.fromkeys(PARTS, zero)
+    parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)
+    if smaller:
+        with compute.autocast():
+            found = [losses.pooled(one(own), batch.pooling) for one in smaller]
+        target = replace(batch, soft=logits.detach(), hard=None)
+        parts["self"] = torch.stack([output_losses(one, target, recipe)[0].mean() for one in found]).sum()
+    if not recipe.deep:
+        return parts
+    with (
+        torch.no_grad(),
+        compute.autocast(),
+        _watched(teacher, [t for _, t in recipe.relation_pairs] * related) as theirs,
+    ):
+        target = teacher(**batch.taught, output_hidden_states=True).hidden_states
+    mask = own["attention_mask"] if batch.places is None else batch.places[2]
+    # entry 0 of hidden_states is the embedding's output
+    pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]
+    if recipe.weights["hidden"] > 0:
+        distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
+        parts["hidden"] = torch.stack([distance(*compared(a, b, batch), mask) for a, b in pairs]).mean()
+    if recipe.weights["cls"] > 0:
+        parts["cls"] = torch.stack([losses.patient(a[:, 0], b[:, 0]) for a, b in pairs]).mean()
+    if related:
+        relation = partial(losses.relations, mask=mask, heads=recipe.relation_heads)
+        found = [relation(*compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
+        parts["relation"] = torch.stack(found).mean()
+    return parts
+
+
+def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The soft and the hard loss of each example, (batch,)."""
+    hard = batch.hard
+    if recipe.regression:
+        soft = losses.score_error(logits, batch.soft)
+        return soft, torch.zeros_like(soft) if hard is None else losses.score_error(logits, hard.float())
+    if recipe.multi_label:
+        soft = losses.soft_multi_label(logits, batch.soft, recipe.temperature)
+        return soft, torch.zeros_like(soft) if hard is None else losses.hard_multi_label(logits, hard)
+    soft = losses.soft_targets(logits, batch.soft, recipe.temperature)
+    return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
+
+
+def compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The two (batch, length, width) at the places where they are compared."""
+    if batch.places is None:
+        return own, taught
+    first, second, _ = batch.places
+    return own.gather(1, first[..., None].expand(-1, -1, own.shape[-1])), taught.gather(
+        1, second[..., None].expand(-1, -1, taught.shape[-1])
+    )
+
+
+@contextmanager
+def _watched(model: Any, layers: list[int]) -> Iterator[list[Tensor]]:
+    """Collects queries, keys and values, each (batch, length, width of all heads), of these layers as they pass."""
+    found: list[Tensor] = []
+    paths = family_of(model).heads if layers else ()
+
+    def note(module: Any, given: Any, output: Tensor) -> None:
+        found.extend(output.chunk(3 // len(paths), dim=-1))
+
+    products = [layers_of(model)[layer].get_submodule(path) for layer in layers for path in paths]
+    hooks = [product.register_forward_hook(note) for product in products]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,107 @@
+"""How a student is trained: the parts of its loss and their weights, resolved from the keys for one round."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Config
+from common.errors import InputError
+from common.families import head_count
+from common.models import pair_hidden_layers
+from common.slim import Shape
+
+PARTS = ("soft", "hard", "hidden", "cls", "relation", "self")  # of the loss
+DEEP = PARTS[2:5]  # need the teacher itself beside the student
+BY_PLACE = ("hidden", "relation")  # means over real positions
+BY_WINDOW = ("cls",)  # means over windows; the others over examples
+Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained, resolved for one round.
+
+    Attributes:
+        token_budget: padded word pieces per optimiser step.
+        micro_budget: padded word pieces that pass at once; 0: the whole batch.
+        weights: of the loss's `PARTS`.
+        adaptive: where the teacher is wrong the weight of its output goes to the label.
+        last_lr: the learning rate falls to this one over the steps; 0: it stays.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    clip_norm: float
+    token_budget: int
+    temperature: float
+    weights: Mapping[str, float]
+    adaptive: bool
+    hidden_loss: str
+    hidden_pairs: Pairs
+    relation_pairs: Pairs
+    relation_heads: int
+    regression: bool
+    multi_label: bool = False
+    proximal: float = 0.0
+    last_lr: float = 0.0
+    micro_budget: int = 0
+
+    @property
+    def deep(self) -> bool:
+        return any(self.weights[part] > 0 for part in DEEP)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels are read."""
+        return self.weights["hard"] > 0 or self.adaptive
+
+
+def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, regression: bool) -> Recipe:
+    """The keys of a run as one round's recipe; the learning rate falls over the rounds.
+
+    Args:
+        shape: the student's.
+        teacher: the teacher's configuration.
+    """
+    keys, distill = config.client, config.distill
+    layers = len(shape.layers), int(teacher.num_hidden_layers)
+    passed = (round_number - 1) / (config.rounds - 1) if config.rounds > 1 else 0.0
+    weights = {part: getattr(distill, f"{part}_weight") for part in PARTS}
+    if distill.weighting == "annealed":
+        weights |= {"soft": weights["soft"] * (1.0 - passed), "hard": weights["hard"] + weights["soft"] * passed}
+    return Recipe(
+        epochs=keys.epochs,
+        lr=keys.lr * (1.0 - 0.9 * passed if keys.lr_decay == "linear" else 1.0),
+        weight_decay=keys.weight_decay,
+        clip_norm=keys.clip_norm,
+        token_budget=keys.token_budget,
+        micro_budget=keys.micro_budget if keys.micro_budget > 0 else keys.token_budget,
+        temperature=distill.temperature,
+        weights=weights,
+        adaptive=distill.weighting == "adaptive",
+        hidden_loss=distill.hidden_loss,
+        hidden_pairs=pair_hidden_layers(distill.hidden_layers, *layers),
+        relation_pairs=pair_hidden_layers(distill.relation_layers, *layers, "relation-layers"),
+        relation_heads=relation_heads(distill.relation_heads, shape, teacher),
+        regression=regression,
+        multi_label=config.data.multi_label,
+        proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
+    )
+
+
+def relation_heads(asked: int, shape: Shape, teacher: Any) -> int:
+    """How many relation heads both models' widths can be cut into; none asked for: as many as whole heads allow.
+
+    Raises:
+        InputError: the number that is asked for does not divide both widths.
+    """
+    heads = len(shape.heads[0]), head_count(teacher)
+    size = int(teacher.hidden_size) // heads[1]
+    if asked and any(count * size % asked for count in heads):
+        raise InputError(
+            f"distill.relation-heads = {asked}: student and teacher have {heads[0]} and {heads[1]} heads of width "
+            f"{size}; give a divisor of {math.gcd(*heads) * size}"
+        )
+    return asked or math.gcd(*heads)
