@@ -83,6 +83,11 @@ class DataKeys(_Section):
         "cut short. Single texts only",
     )
     stride: int = Field(0, ge=0, description="word pieces that neighbouring windows share")
+    public_text: str = Field(
+        "",
+        description="more public text, without labels: a file with a text on each line, or `glue`, the public parts of "
+        "all GLUE tasks in data.source; for `student.general-epochs`, and a trimmed vocabulary is chosen from it too",
+    )
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
 
@@ -114,6 +119,13 @@ class StudentKeys(_Section):
     )
     warm_epochs: int = Field(0, ge=0, le=1000, description="passes over the public split before round 1")
     warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")
+    general_epochs: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="passes over all public text before these, on hidden states and soft targets: what a cut takes "
+        "from a model is mended best on much text, of whatever kind",
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
     train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
     tiers: str = Field(
@@ -174,6 +186,9 @@ class DistillKeys(_Section):
     self_weight: Weight = Field(
         1.0,
         description="with `student.tiers` and nested: weight of KL(a client's student, each smaller one inside it)",
+    )
+    inner_weight: Weight = Field(
+        1.0, description="and of the loss on outputs, soft and hard, of each smaller one itself"
     )
 
 

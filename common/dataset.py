@@ -182,7 +182,8 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
-    keys = config.data.model_dump(exclude={"source", "validation", "text_columns", "label_column", "limit"})
+    elsewhere = {"source", "validation", "text_columns", "label_column", "limit", "public_text"}
+    keys = config.data.model_dump(exclude=elsewhere)
     return hash_json(
         {
             "format": FORMAT,

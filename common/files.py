@@ -65,7 +65,7 @@ def read_parquet(path: Path) -> Columns:
 
 def _read_csv(path: Path) -> Columns:
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    rows = csv.reader(_lines(path), strict=True)
+    rows = csv.reader(read_lines(path), strict=True)
     try:
         header = next((row for row in rows if row), [])
         columns: list[list[str]] = [[] for _ in header]
@@ -86,7 +86,7 @@ def _read_csv(path: Path) -> Columns:
 
 def _read_json(path: Path) -> Columns:
     """An object per line, or one array of objects."""
-    text = list(_lines(path))
+    text = list(read_lines(path))
     whole = next((line.lstrip() for line in text if line.strip()), "").startswith("[")
     entries: list[Any] = []
     for number, line in enumerate(["".join(text)] if whole else text, start=1):
@@ -105,7 +105,7 @@ def _read_json(path: Path) -> Columns:
     return {name: partial(list, [entry.get(name) for entry in entries]) for name in names}
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

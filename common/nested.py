@@ -3,9 +3,9 @@
 A tier's model is a plain slim student: the first layers of the whole one, the first heads and neurons of each. Its
 arrays are beginnings of the shared ones (HeteroFL, Diao et al. 2021, https://arxiv.org/abs/2010.01264). In mode
 ``nested`` each smaller depth has an exit of its own, the last layer's norm and the task's head, kept among the shared
-arrays as ``exits.DEPTH.NAME``; and who trains a larger student teaches those inside it with its own outputs (DepthFL,
-Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place distillation, Yu and Huang 2019,
-https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under its own names.
+arrays as ``exits.DEPTH.NAME``; and who trains a larger student trains those inside it along, on the loss on outputs as
+its own, and on its own outputs (DepthFL, Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place distillation, Yu
+and Huang 2019, https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under its own names.
 """
 
 import copy
@@ -83,7 +83,7 @@ class Tiers:
     def __init__(self, config: Config, whole: Any, shape: Shape) -> None:
         keys = config.student
         nested = keys.tier_mode == "nested"
-        self.teaches = nested and config.distill.self_weight > 0
+        self.teaches = nested and config.distill.self_weight + config.distill.inner_weight > 0
         shapes = [shape.beginning(size.layers, size.heads, size.neurons) for size in keys.sizes]
         models = [*(_smaller(whole, one) for one in shapes), whole]
         self.shapes: Shapes = {}

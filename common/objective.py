@@ -18,7 +18,7 @@ from common import losses
 from common.dataset import Split
 from common.device import Compute
 from common.families import family_of, layers_of
-from common.recipe import BY_PLACE, BY_WINDOW, DEEP, PARTS, Recipe
+from common.recipe import BY_PLACE, BY_WINDOW, DEEP, INSIDE, PARTS, Recipe
 from common.tokens import Tokens
 
 
@@ -119,7 +119,7 @@ def objective(parts: Mapping[str, Tensor], batch: Batch, recipe: Recipe, weights
     loss = torch.stack([weights[name] * part for name, part in parts.items() if name in DEEP]).sum() + _outer(
         parts["soft"], parts["hard"], batch, recipe, weights
     )
-    return loss + weights["self"] * parts["self"]
+    return loss + torch.stack([weights[name] * parts[name] for name in INSIDE]).sum()
 
 
 def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
@@ -175,6 +175,8 @@ def parts_of(
             found = [losses.pooled(one(own), batch.pooling) for one in smaller]
         target = replace(batch, soft=logits.detach(), hard=None)
         parts["self"] = torch.stack([output_losses(one, target, recipe)[0].mean() for one in found]).sum()
+        outer = [_outer(*output_losses(one, batch, recipe), batch, recipe, recipe.weights) for one in found]
+        parts["inner"] = torch.stack(outer).sum()
     if not recipe.deep:
         return parts
     with (

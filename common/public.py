@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.config import ServerKeys
 from common.partition import Index
-from common.recipe import PARTS, Recipe
+from common.recipe import INSIDE, PARTS, Recipe
 from common.seeding import generator
 
 
@@ -40,7 +40,7 @@ def public_recipe(recipe: Recipe, keys: ServerKeys, temperature: float) -> Recip
         lr=keys.public_lr,
         last_lr=keys.public_lr / 10,
         temperature=temperature,
-        weights={**{part: float(part == "soft") for part in PARTS}, "self": recipe.weights["self"]},
+        weights={part: recipe.weights[part] if part in INSIDE else float(part == "soft") for part in PARTS},
         adaptive=False,
         proximal=0.0,
     )

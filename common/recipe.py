@@ -11,8 +11,9 @@ from common.families import head_count
 from common.models import pair_hidden_layers
 from common.slim import Shape
 
-PARTS = ("soft", "hard", "hidden", "cls", "relation", "self")  # of the loss
+PARTS = ("soft", "hard", "hidden", "cls", "relation", "self", "inner")  # of the loss
 DEEP = PARTS[2:5]  # need the teacher itself beside the student
+INSIDE = PARTS[5:]  # teach the students inside it
 BY_PLACE = ("hidden", "relation")  # means over real positions
 BY_WINDOW = ("cls",)  # means over windows; the others over examples
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer

@@ -21,7 +21,7 @@ from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_EXAMPLES = 2**31 - 1  # of one client
-LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss")
+LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss")
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -86,6 +86,7 @@ class ClientLine:
     cls_loss: float | None = None
     relation_loss: float | None = None
     self_loss: float | None = None
+    inner_loss: float | None = None
     score: float | None = None
     problem: str = ""
 

@@ -9,6 +9,7 @@ from common.device import Compute, choose_compute
 from common.errors import InputError
 from common.models import load_teacher
 from common.progress import Progress
+from common.public_text import load_public_text
 from common.store import cache_folder
 from server.robust import check_byzantine
 from server.teacher import Teacher, TeacherSource, check_head, check_length, prepare_teacher
@@ -17,13 +18,18 @@ from server.validation import validate
 
 @dataclass(frozen=True)
 class Lesson:
-    """The data of a run and a teacher that fits it, with the model and its scores on public validation."""
+    """The data of a run and a teacher that fits it, with the model and its scores on public validation.
+
+    Attributes:
+        text: public text besides the task's own.
+    """
 
     data: FederatedDataset
     teacher: Teacher
     model: Any
     validation: dict[str, float]
     compute: Compute
+    text: tuple[str, ...] = ()
 
 
 def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) -> Lesson:
@@ -35,12 +41,13 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) ->
     compute = choose_compute(config.runtime.device, config.client.precision)
     check_length(source, config.data.max_length)
     cache = cache_folder(config.runtime.cache)
+    text = tuple(load_public_text(config))
     data = prepare_dataset(config, source.folder, cache, progress)
     check_clients(config, data)
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)
-    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute)
+    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, text)
 
 
 def check_clients(config: Config, data: FederatedDataset) -> None:

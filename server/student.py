@@ -14,31 +14,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor
 
-from common.config import AUTO_BUDGET, Config
-from common.corpus import labelled
+from common.config import Config
 from common.dataset import load_tokenizer, tokenizer_hash
-from common.distillation import learn, learnt
 from common.errors import InputError
 from common.families import embedding_width, family_of, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
-from common.inference import predict
 from common.models import choose_layers, count_parameters
-from common.nested import Tiers
-from common.objective import Examples
-from common.probe import find_room
 from common.progress import Progress
 from common.pupil import EXITS, Pupil, open_pupil, save_pupil
-from common.recipe import make_recipe, relation_heads
+from common.recipe import relation_heads
 from common.seeding import generator, seed_for
 from common.slim import Numbers, Shape, build, cut_student, narrow
 from common.store import build_folder, cache_folder
+from common.tokens import tokenize
 from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.lesson import Lesson
 from server.tiered import check_tiers
+from server.warm_start import warm_key, warm_up, warms
 
-WARM = (0, -1)  # round and client of the warm start: what its random choices come from
 Width = tuple[Numbers, Numbers]  # heads and neurons kept of each layer
 
 
@@ -50,14 +44,14 @@ class Plan:
         depends: what it depends on besides its shape and its teacher.
         cut: given a folder, writes the tokenizer there and returns the module as it is before the warm start.
         own_pieces: whether it cuts text in another way than the teacher.
-        tiers: whether the smaller students inside it are warmed up, too: once its heads and neurons stand in order.
+        final: whether these are its last heads and neurons: the smaller students inside it are warmed up then, too.
     """
 
     shape: Shape
     depends: dict[str, Any]
     cut: Callable[[Path], Any]
     own_pieces: bool
-    tiers: bool
+    final: bool
 
 
 def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil:
@@ -106,7 +100,7 @@ def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, pr
 
     depends = {"wide": wide.key, "heads": heads, "neurons": neurons}
     shape = replace(wide.shape, heads=heads, neurons=neurons)
-    return _made(config, lesson, progress, Plan(shape, depends, cut, wide.taught is not None, tiers=True))
+    return _made(config, lesson, progress, Plan(shape, depends, cut, wide.taught is not None, final=True))
 
 
 def choose_width(config: Config, heads: NDArray[np.float64], neurons: NDArray[np.float64]) -> Width:
@@ -155,6 +149,9 @@ def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, .
     if not keep:
         return []
     counts = np.bincount(data.train.tokens.pieces(np.asarray(data.public)), minlength=model.config.vocab_size)
+    if lesson.text:
+        more = tokenize((list(lesson.text),), tokenizer, data.max_length, lambda done: None)
+        counts += np.bincount(more.ids, minlength=len(counts))
     return choose_pieces(tokenizer, counts, keep)
 
 
@@ -194,9 +191,7 @@ def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: 
 def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:
     """Make the student in the cache unless it is there, and open it."""
     data, teacher, cache = lesson.data, lesson.teacher, cache_folder(config.runtime.cache)
-    if not plan.tiers:
-        config = config.model_copy(update={"student": config.student.model_copy(update={"tiers": ""})})
-    warm = config.student.warm_epochs > 0 and len(data.public) > 0
+    warm = warms(config, lesson, final=plan.final)
     key = hash_json(
         {
             "teacher": teacher.hash,
@@ -205,7 +200,7 @@ def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pup
             "seed": config.seed,
             **plan.depends,
             "shape": asdict(plan.shape),
-            "warm": _warm_key(config, lesson) if warm else None,
+            "warm": warm_key(config, lesson, final=plan.final) if warm else None,
             **runtime_fingerprint(teacher.folder, torch.get_num_threads()),
         }
     )[:32]
@@ -215,63 +210,8 @@ def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pup
             save_pupil(plan.cut(draft), plan.shape, draft, own_pieces=plan.own_pieces)
             if warm:
                 pupil = open_pupil(draft, data, cache, progress)
-                exits = warm_up(config, lesson, pupil, progress)
+                exits = warm_up(config, lesson, pupil, progress, final=plan.final)
                 if exits:
                     save_file(exits, draft / EXITS)
                 save_pupil(pupil.model, plan.shape, draft, own_pieces=plan.own_pieces)
     return open_pupil(target, data, cache, progress)
-
-
-def _warm_key(config: Config, lesson: Lesson) -> dict[str, Any]:
-    data = lesson.data
-    public = np.asarray(data.public)
-    keys = config.student
-    return {
-        "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
-        "tiers": keys.tiers if keys.tier_mode == "nested" and keys.tiers else None,  # otherwise the whole is alone
-        "distill": config.distill.model_dump(),
-        "client": [
-            config.client.token_budget,
-            config.client.micro_budget,
-            config.client.weight_decay,
-            config.client.clip_norm,
-        ],
-        "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
-        "windows": [data.max_length, data.windows, data.stride],
-        "compute": lesson.compute.name,
-    }
-
-
-def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress) -> dict[str, Tensor]:
-    """Distil on the public split, in place; its labels are used where it has them all.
-
-    Returns:
-        The exits of the smaller students inside it, which learn with it.
-    """
-    data, model, compute = lesson.data, lesson.model, lesson.compute
-    keys, rows = config.student, np.asarray(data.public)
-    model.to(compute.device)
-    with progress.step(f"teacher outputs for {len(rows):,} public examples", len(rows)) as bar:
-        soft = predict(model, data.train.tokens, rows, compute, bar.advance)
-    recipe = make_recipe(config, 1, pupil.shape, model.config, data.task.regression)
-    recipe = replace(recipe, epochs=keys.warm_epochs, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
-    if not labelled(data.train.labels[rows]).all():
-        recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
-    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape)
-    whole = len(tiers) - 1
-    student, examples = tiers.student(whole), Examples(pupil.data.train, rows, soft, pupil.taught)
-    weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
-    room = None
-    if config.client.micro_budget == AUTO_BUDGET:
-        room = find_room(student, weights, examples, recipe=recipe, compute=compute, teacher=model)
-    with progress.step(f"warm the student up on {len(rows):,} public examples", len(rows) * keys.warm_epochs) as bar:
-        state = learn(
-            student, weights, examples, recipe=recipe, compute=compute, seed=config.seed, who=WARM, teacher=model,
-            room=room, advance=bar.advance,
-        )  # fmt: skip
-    with torch.no_grad():
-        for name, tensor in learnt(state, weights).items():
-            student.trained[name].copy_(tensor)
-    pupil.model.to("cpu").eval()
-    inside = set(student.trained) - set(tiers[whole].names.values())
-    return {name: student.trained[name].detach().cpu() for name in sorted(inside)}

@@ -146,7 +146,7 @@ def test_a_device_gets_no_more_than_its_student(tiny_teacher):
             assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert tiers[0].sent == tiers[0].held
     assert tiers[2].sent == tiers.shapes
-    _, _, alone = tiers_of(tiny_teacher, **{"distill.self-weight": 0.0})
+    _, _, alone = tiers_of(tiny_teacher, **{"distill.self-weight": 0.0, "distill.inner-weight": 0.0})
     assert not any(name.startswith("exits.") for name in alone[2].held)  # nobody teaches: each trains its own exit
     assert alone[2].sent == alone.shapes
 
@@ -171,7 +171,7 @@ def test_training_a_small_student_moves_its_own_part_alone(tiny_teacher):
 def test_what_only_a_smaller_student_uses_learns_from_its_teacher_inside(tiny_teacher):
     """With no other loss the gradient reaches the beginnings that the smaller students hold, and nothing else."""
     config, teacher, tiers = tiers_of(tiny_teacher)
-    nothing = dict.fromkeys(("soft", "hard", "hidden", "cls", "relation"), 0.0) | {"self": 1.0}
+    nothing = dict.fromkeys(("soft", "hard", "hidden", "cls", "relation", "inner"), 0.0) | {"self": 1.0}
     state = trained_once(config, tiers, teacher, 2, randomised(tiers), weights=nothing)
     grads = {name: parameter.grad for name, parameter in state.trained.items()}
     assert not any(grads[name].any() for name in grads if name.startswith(("classifier", "bert.encoder.layer.2.")))
@@ -186,7 +186,9 @@ def test_what_only_a_smaller_student_uses_learns_from_its_teacher_inside(tiny_te
 
 
 def test_the_loss_inside_is_that_of_the_formula(tiny_teacher):
-    config, teacher, tiers = tiers_of(tiny_teacher, **{"distill.self-weight": 0.5, "distill.temperature": 3.0})
+    config, teacher, tiers = tiers_of(
+        tiny_teacher, **{"distill.self-weight": 0.5, "distill.temperature": 3.0, "distill.inner-weight": 0.0}
+    )
     shared = randomised(tiers)
     whole, *inner = [logits_of(tiers.load(tier, shared)) for tier in (2, 0, 1)]
     wanted = 0.0
@@ -194,9 +196,25 @@ def test_the_loss_inside_is_that_of_the_formula(tiny_teacher):
         p, q = torch.softmax(whole / 3.0, -1), torch.softmax(logits / 3.0, -1)
         wanted += float((p * (p / q).log()).sum(-1).mean() * 9.0)
     state = trained_once(config, tiers, teacher, 2, shared)
-    loss, soft, hard, *_, inside = (state.totals / state.seen).tolist()
+    loss, soft, hard, *_, inside, _ = (state.totals / state.seen).tolist()
     assert inside == pytest.approx(wanted, rel=1e-4)
     assert loss == pytest.approx(0.7 * soft + 0.3 * hard + 0.5 * inside, rel=1e-6)
+
+
+def test_the_students_inside_learn_from_the_teacher_and_the_labels_too(tiny_teacher):
+    keys = {"distill.self-weight": 0.0, "distill.inner-weight": 0.25, "distill.temperature": 3.0}
+    config, teacher, tiers = tiers_of(tiny_teacher, **keys)
+    shared, one = randomised(tiers), batch()
+    wanted = 0.0
+    for logits in [logits_of(tiers.load(tier, shared)) for tier in (0, 1)]:
+        p, q = torch.softmax(one.soft / 3.0, -1), torch.softmax(logits / 3.0, -1)
+        soft = float((p * (p / q).log()).sum(-1).mean() * 9.0)
+        hard = float(-torch.log_softmax(logits, -1)[torch.arange(len(one.hard)), one.hard].mean())
+        wanted += 0.7 * soft + 0.3 * hard
+    state = trained_once(config, tiers, teacher, 2, shared)
+    loss, soft, hard, *_, inside = (state.totals / state.seen).tolist()
+    assert inside == pytest.approx(wanted, rel=1e-4)
+    assert loss == pytest.approx(0.7 * soft + 0.3 * hard + 0.25 * inside, rel=1e-6)
 
 
 def test_a_batch_in_parts_has_the_same_gradient_inside(tiny_teacher):

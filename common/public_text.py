@@ -1,0 +1,56 @@
+"""Public text without labels, beside a task's own: a file of lines, or the public parts of all GLUE tasks there are."""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.config import Config
+from common.corpus import load_corpus
+from common.errors import InputError
+from common.files import read_lines
+from common.partition import cut_groups, text_groups
+from common.seeding import generator
+from common.tasks import GLUE
+
+ALL_GLUE = "glue"
+
+
+def load_public_text(config: Config) -> list[str]:
+    """The different texts of ``data.public-text``, in their order; none when the key is empty.
+
+    Raises:
+        InputError: the file is not there, is no text or holds none; or there is no GLUE text.
+    """
+    name = config.data.public_text
+    if not name:
+        return []
+    if name == ALL_GLUE:
+        return list(dict.fromkeys(_all_glue(config)))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"data.public-text = {name!r}: no such file; give one with a text on each line, or {ALL_GLUE!r}"
+        )
+    texts = [line.strip() for line in read_lines(path)]
+    found = list(dict.fromkeys(text for text in texts if text))
+    if not found:
+        raise InputError(f"data.public-text = {name!r}: no text in it; give a file with a text on each line")
+    return found
+
+
+def _all_glue(config: Config) -> list[str]:
+    """Of each task in ``data.source`` the texts that would be public if it were the run's."""
+    folder = Path(config.data.source).expanduser()
+    if not config.data.source or config.task not in GLUE:
+        raise InputError(
+            f"data.public-text = {ALL_GLUE!r} needs a GLUE task and a folder of GLUE tasks in data.source, but task = "
+            f"{config.task} and data.source = {config.data.source!r}; give these, or a file"
+        )
+    texts: list[str] = []
+    for task in sorted(name for name in GLUE if (folder / name).is_dir()):
+        data = config.data.model_copy(update={"partition": "iid"})  # `natural` would ask for this task's own column
+        table = load_corpus(config.model_copy(update={"task": task, "data": data})).train
+        public, _ = cut_groups(text_groups(table), config.data.public_fraction, generator(config.seed, "public"))
+        part = table.take(np.asarray(public))
+        texts += [text for row in zip(*part.texts, strict=True) for text in row if text]
+    return texts

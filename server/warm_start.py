@@ -1,0 +1,136 @@
+"""The warm start: before round 1 the student learns on public text, where a server may see it.
+
+First on all public text there is, without labels, from the teacher's hidden states and outputs (Jiao et al. 2020,
+https://arxiv.org/abs/1909.10351, call it general distillation): what a cut takes from a model is mended best on much
+text, of whatever kind. Then on the task's own public split, as clients will learn.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.config import AUTO_BUDGET, Config
+from common.corpus import labelled
+from common.dataset import Split, load_tokenizer
+from common.distillation import learn, learnt
+from common.hashing import hash_json
+from common.inference import predict
+from common.nested import Tiers
+from common.objective import Examples
+from common.probe import find_room
+from common.progress import Progress
+from common.pupil import Pupil
+from common.recipe import INSIDE, Recipe, make_recipe
+from common.tokens import Tokens, tokenize
+from server.lesson import Lesson
+
+WARM = (0, -1)  # round and client of the warm start: what its random choices come from
+GENERAL = (0, -2)
+
+
+def warms(config: Config, lesson: Lesson, *, final: bool) -> bool:
+    """Whether there is anything to do; general text waits until the student has its ``final`` heads and neurons."""
+    keys = config.student
+    return len(lesson.data.public) > 0 and (keys.warm_epochs > 0 or (final and keys.general_epochs > 0))
+
+
+def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
+    """What a warm start depends on besides the student."""
+    data = lesson.data
+    public = np.asarray(data.public)
+    keys = config.student
+    return {
+        "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
+        "general": [keys.general_epochs, hash_json(lesson.text)] if final and keys.general_epochs else None,
+        "tiers": keys.tiers if final and keys.tier_mode == "nested" and keys.tiers else None,  # else it is alone
+        "distill": config.distill.model_dump(),
+        "client": [
+            config.client.token_budget,
+            config.client.micro_budget,
+            config.client.weight_decay,
+            config.client.clip_norm,
+        ],
+        "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
+        "windows": [data.max_length, data.windows, data.stride],
+        "compute": lesson.compute.name,
+    }
+
+
+def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *, final: bool) -> dict[str, Tensor]:
+    """Distil on public text, in place; labels are used where the public split has them all.
+
+    Args:
+        final: whether the student has its last heads and neurons: see `warms`.
+
+    Returns:
+        The exits of the smaller students inside it, which learn with it.
+    """
+    data, compute, keys = lesson.data, lesson.compute, config.student
+    if not final:
+        config = config.model_copy(update={"student": keys.model_copy(update={"tiers": ""})})
+    lesson.model.to(compute.device)
+    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape)
+    whole = len(tiers) - 1
+    student = tiers.student(whole)
+    weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
+    recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
+    recipe = replace(recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
+    passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
+    if final and keys.general_epochs:
+        general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
+        passes.append(("public texts", _all_public_text(lesson, pupil, progress), general, GENERAL))
+    if keys.warm_epochs:
+        examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
+        if not labelled(data.train.labels[examples.rows]).all():
+            recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
+        passes.append(("public examples", examples, replace(recipe, epochs=keys.warm_epochs), WARM))
+    for what, examples, one, who in passes:
+        room = None
+        if config.client.micro_budget == AUTO_BUDGET:
+            room = find_room(student, weights, examples, recipe=one, compute=compute, teacher=lesson.model)
+        count = len(examples.rows)
+        with progress.step(f"warm the student up on {count:,} {what}", count * one.epochs) as bar:
+            state = learn(
+                student, weights, examples, recipe=one, compute=compute, seed=config.seed, who=who,
+                teacher=lesson.model, room=room, advance=bar.advance,
+            )  # fmt: skip
+        weights = {name: weight.clone() for name, weight in learnt(state, weights).items()}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            student.trained[name].copy_(tensor)
+    pupil.model.to("cpu").eval()
+    inside = set(student.trained) - set(tiers[whole].names.values())
+    return {name: student.trained[name].detach().cpu() for name in sorted(inside)}
+
+
+def _unlabelled(recipe: Recipe, hidden: float) -> dict[str, float]:
+    """The weights of the loss on outputs, without labels, and one of the loss on hidden states."""
+    kept = {part: weight if part in ("soft", *INSIDE) else 0.0 for part, weight in recipe.weights.items()}
+    return {**kept, "hidden": hidden}
+
+
+def _all_public_text(lesson: Lesson, pupil: Pupil, progress: Progress) -> Examples:
+    """Every public text, each once and by itself; no labels."""
+    data = lesson.data
+    own = [text for column in data.train.texts for text in column.take(np.asarray(data.public))]
+    texts = list(dict.fromkeys([text for text in own if text] + list(lesson.text)))
+    with progress.step("tokenise the public texts", 2 * len(texts)) as bar:
+        taught, read = (
+            tokenize((texts,), load_tokenizer(folder), data.max_length, bar.advance)
+            for folder in (lesson.teacher.folder, pupil.folder)
+        )
+    split = Split(read, np.full(len(texts), -1), np.zeros((len(texts), 16), dtype=np.uint8))
+    return _examples(lesson, split, np.arange(len(texts)), None if pupil.taught is None else taught, progress)
+
+
+def _examples(
+    lesson: Lesson, split: Split, rows: NDArray[np.int64], taught: Tokens | None, progress: Progress
+) -> Examples:
+    """These rows with the teacher's outputs."""
+    with progress.step(f"teacher outputs for {len(rows):,} public texts", len(rows)) as bar:
+        soft = predict(lesson.model, taught or split.tokens, rows, lesson.compute, bar.advance)
+    return Examples(split, rows, soft, taught)
