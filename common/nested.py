@@ -4,8 +4,9 @@ A tier's model is a plain slim student: the first layers of the whole one, the f
 arrays are beginnings of the shared ones (HeteroFL, Diao et al. 2021, https://arxiv.org/abs/2010.01264). In mode
 ``nested`` each smaller depth has an exit of its own, the last layer's norm and the task's head, kept among the shared
 arrays as ``exits.DEPTH.NAME``; and who trains a larger student trains those inside it along, on the loss on outputs as
-its own, and on its own outputs (DepthFL, Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place distillation, Yu
-and Huang 2019, https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under its own names.
+its own, and on its own outputs (DepthFL, Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place
+distillation, Yu and Huang 2019, https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under
+its own names.
 """
 
 import copy

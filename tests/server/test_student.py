@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.config import from_flat
+from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.families import FAMILIES
 from common.hashing import hash_tensors
@@ -15,6 +16,7 @@ from common.inference import predict
 from common.models import count_parameters, load_teacher
 from common.progress import Silent
 from common.slim import FactoredEmbedding, Shape, cut_student
+from common.vocabulary import fewest_pieces
 from server import student as module
 from server.lesson import prepare_lesson
 from server.student import check_width, choose_width, narrow_student, narrowed, prepare_student, random_width
@@ -190,6 +192,59 @@ def test_a_warm_start_brings_the_student_closer_to_its_teacher(school):
     assert disagreement(school, warm) < 0.7 * disagreement(school, cold)
     assert hash_tensors(states(warm)) == warm.hash != cold.hash
     assert torch.equal(states(warm)[EMBEDDING], states(cold)[EMBEDDING])  # frozen
+
+
+def distance(school, pupil):
+    """Mean cosine distance of the last hidden states at the first piece from the teacher's, on the public rows."""
+    rows = np.asarray(school.lesson.data.public)
+    own, theirs = (
+        model(**tokens.batch(rows), output_hidden_states=True).hidden_states[-1][:, 0].detach()
+        for model, tokens in (
+            (pupil.model, pupil.data.train.tokens),
+            (school.lesson.model, school.lesson.data.train.tokens),
+        )
+    )
+    return float((1 - torch.cosine_similarity(own, theirs)).mean())
+
+
+def test_general_distillation_brings_the_hidden_states_closer(school):
+    cold = school.student(student__vocabulary=120)
+    warm = school.student(student__vocabulary=120, student__general_epochs=10, student__warm_lr=0.01)
+    assert distance(school, warm) < 0.7 * distance(school, cold)
+    assert disagreement(school, warm) < 0.7 * disagreement(school, cold)
+
+
+def test_general_distillation_reads_no_label_and_depends_on_the_text(school):
+    keys = {"student__vocabulary": 120, "student__general_epochs": 1}
+    first = school.student(**keys)
+    labels = np.full_like(school.lesson.data.train.labels, -1)
+    data = replace(school.lesson.data, train=replace(school.lesson.data.train, labels=labels))
+    assert school.student(replace(school.lesson, data=data), **keys).hash == first.hash
+    lesson = replace(school.lesson, text=("a fine movie",))
+    longer = school.student(lesson, **keys)
+    assert longer.key != first.key
+    assert longer.hash != first.hash
+
+
+def test_public_text_has_a_say_in_the_vocabulary(school):
+    tokenizer = load_tokenizer(school.lesson.teacher.folder)
+    fewest = fewest_pieces(tokenizer)
+    plain = school.student(student__vocabulary=fewest + 1)
+    kept = set(load_tokenizer(plain.folder).get_vocab())
+    other = next(piece for piece in tokenizer.get_vocab() if piece.isalpha() and len(piece) > 2 and piece not in kept)
+    lesson = replace(school.lesson, text=tuple(f"{other} {number}" for number in range(10_000, 20_000)))
+    pupil = school.student(lesson, student__vocabulary=fewest + 1)
+    assert other in load_tokenizer(pupil.folder).get_vocab()
+
+
+def test_general_distillation_waits_for_the_last_heads_and_neurons(school):
+    keys = {"student__heads": 1, "student__general_epochs": 2}
+    wide, config = school.student(**keys), school.config(**keys)
+    assert wide.hash == school.student().hash
+    width = random_width(config, wide.shape)
+    final = narrow_student(config, school.lesson, wide, width, Silent())
+    cold = narrow_student(school.config(student__heads=1), school.lesson, wide, width, Silent())
+    assert final.hash != cold.hash
 
 
 def test_a_warm_start_trains_the_embeddings_where_they_are_trained(school):

@@ -1,0 +1,70 @@
+"""Public text without labels: a file of lines, or what is public of every GLUE task."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.config import from_flat
+from common.corpus import load_corpus
+from common.dataset import _cut
+from common.errors import InputError
+from common.public_text import load_public_text
+
+
+def texts(**keys):
+    return load_public_text(from_flat({name.replace("__", ".").replace("_", "-"): v for name, v in keys.items()}))
+
+
+def refusal(**keys):
+    with pytest.raises(InputError) as caught:
+        texts(**keys)
+    return str(caught.value)
+
+
+def glue(folder, task, **columns):
+    (folder / task).mkdir(parents=True)
+    for split in ("train", "validation"):
+        pq.write_table(pa.table(columns), folder / task / f"{split}-00000-of-00001.parquet")
+
+
+def test_no_key_is_no_text():
+    assert texts() == []
+
+
+def test_each_line_of_a_file_is_a_text_and_no_text_comes_twice(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\n  three \r\none two\nvier fünf\n", encoding="utf-8-sig")
+    assert texts(data__public_text=str(tmp_path / "a.txt")) == ["one two", "three", "vier fünf"]
+
+
+def test_what_is_wrong_with_a_file_is_named_and_never_quoted(tmp_path):
+    path = tmp_path / "a.txt"
+    assert "no such file; give one with a text on each line" in refusal(data__public_text=str(path))
+    path.write_text("\n \n")
+    assert "no text in it" in refusal(data__public_text=str(path))
+    path.write_bytes(b"fine\nsecret \xff\n")
+    assert refusal(data__public_text=str(path)) == f"{path}: line 2, byte 8 is not UTF-8; save it as UTF-8"
+
+
+def test_of_every_glue_task_what_would_be_public_if_it_were_the_runs(tmp_path):
+    numbers = [f"text {number}" for number in range(40)]
+    glue(tmp_path, "cola", sentence=numbers, label=[0, 1] * 20)
+    glue(tmp_path, "stsb", sentence1=numbers, sentence2=[f"other {n}" for n in range(40)], label=[0.0, 5.0] * 20)
+    keys = {"data__source": str(tmp_path), "data__public_fraction": 0.25, "seed": 3}
+    expected = []
+    for task in ("cola", "stsb"):
+        config = from_flat(
+            {"task": task, "data.source": str(tmp_path), "data.public-fraction": 0.25, "seed": 3, "data.clients": 2}
+        )
+        corpus = load_corpus(config)
+        public, _, _ = _cut(config, corpus)
+        rows = corpus.train.take(public)
+        expected += [text for row in zip(*rows.texts, strict=True) for text in row]
+    found = texts(task="cola", data__public_text="glue", **keys)
+    assert len(found) == len(set(expected)) >= 20
+    assert set(found) == set(expected)
+    assert texts(task="stsb", data__public_text="glue", **keys) == found  # the same for every task
+
+
+def test_glues_text_needs_a_glue_folder():
+    assert "needs a GLUE task and a folder" in refusal(task="toy", data__public_text="glue")
+    assert "needs a GLUE task and a folder" in refusal(task="sst2", data__public_text="glue")
