@@ -35,6 +35,7 @@ from common.models import load_teacher
 from common.nested import Tiers
 from common.noise import SQUARES_SHAPE, squares_of
 from common.objective import Examples
+from common.priors import prior_shift
 from common.probe import SHARE, find_room
 from common.pupil import open_pupil
 from common.recipe import Recipe, make_recipe
@@ -324,7 +325,16 @@ class Worker:
         rows = self.data.shard(client).train
         if not len(rows):
             raise ClientRefused("no training examples")
-        return Examples(self.pupil.data.train, rows, self.teacher_logits(rows), self.pupil.taught)
+        return Examples(
+            self.pupil.data.train, rows, self.teacher_logits(rows), self.pupil.taught, shift=self._shift(rows)
+        )
+
+    def _shift(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """What a client's own shares of the classes do, where that is taken out."""
+        if not self.config.distill.prior_correction:
+            return None
+        labels = self.data.train.labels
+        return prior_shift(labels[rows], labels[np.asarray(self.data.public)], self.data.task.num_labels)
 
     def teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), num_labels) the teacher's outputs, from disk where they are there."""

@@ -167,6 +167,10 @@ class DistillKeys(_Section):
         description="annealed: over the rounds the soft weight goes to the hard; adaptive: in each example, as far as "
         "the teacher is wrong",
     )
+    prior_correction: bool = Field(
+        False,
+        description="take a client's own shares of the classes, against those in public text, out of the label's loss",
+    )
     hidden_weight: Weight = Field(
         0.0, description="weight of the loss on hidden states; above 0 the teacher runs along"
     )
@@ -362,6 +366,9 @@ class Config(_Section):
                 "student.width-selection = 'random'"
             )
         self._check_batches()
+        if self.distill.prior_correction and (self.task == "stsb" or self.data.multi_label):
+            what = "data.multi-label = true" if self.data.multi_label else f"task = {self.task}"
+            raise ValueError(f"distill.prior-correction = true: {what} has no one class per example; give false")
         if self.data.multi_label and self.task != "text":
             raise ValueError(f"data.multi-label = true: examples of task = {self.task} have one label each; give false")
         if self.data.stride and self.data.windows == 1:

@@ -31,12 +31,14 @@ class Examples:
         rows: (n,) row numbers in ``data``.
         soft: (n, num_labels) the teacher's logits of these rows.
         taught: all rows of ``data`` in the teacher's pieces, where those are others.
+        shift: (classes,) what is added to the logits under the label's loss, see `common.priors`; None: nothing.
     """
 
     data: Split
     rows: NDArray[np.int64]
     soft: NDArray[np.float32]
     taught: Tokens | None = None
+    shift: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Batch:
         places: where the two are compared: (batch, positions) in the student's and in the teacher's inputs, and a
             mask of these; None: everywhere.
         pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
+        shift: see `Examples`.
     """
 
     inputs: dict[str, Tensor]
@@ -61,6 +64,7 @@ class Batch:
     positions: int
     places: tuple[Tensor, Tensor, Tensor] | None = None
     pooling: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, compute: Compute) -> Batch:
@@ -82,7 +86,8 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
         taught = own
     soft = torch.from_numpy(examples.soft[places]).to(device)
     pooling = None if pooling is None else pooling.to(device)
-    return Batch(own, soft, hard, taught, positions, compared, pooling)
+    shift = None if examples.shift is None else torch.from_numpy(examples.shift).to(device)
+    return Batch(own, soft, hard, taught, positions, compared, pooling, shift)
 
 
 def _aligned(
@@ -210,7 +215,9 @@ def output_losses(logits: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor,
         soft = losses.soft_multi_label(logits, batch.soft, recipe.temperature)
         return soft, torch.zeros_like(soft) if hard is None else losses.hard_multi_label(logits, hard)
     soft = losses.soft_targets(logits, batch.soft, recipe.temperature)
-    return soft, torch.zeros_like(soft) if hard is None else losses.hard_labels(logits, hard)
+    if hard is None:
+        return soft, torch.zeros_like(soft)
+    return soft, losses.hard_labels(logits if batch.shift is None else logits + batch.shift, hard)
 
 
 def compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

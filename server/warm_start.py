@@ -47,7 +47,7 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
         "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
         "general": [keys.general_epochs, hash_json(lesson.text)] if final and keys.general_epochs else None,
         "tiers": keys.tiers if final and keys.tier_mode == "nested" and keys.tiers else None,  # else it is alone
-        "distill": config.distill.model_dump(),
+        "distill": config.distill.model_dump(exclude={"prior_correction"}),  # of skewed clients
         "client": [
             config.client.token_budget,
             config.client.micro_budget,
