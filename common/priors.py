@@ -19,4 +19,4 @@ def prior_shift(own: NDArray[np.int64], public: NDArray[np.int64], classes: int)
     """
     shares = [np.bincount(labels[labels >= 0], minlength=classes) + 1.0 for labels in (own, public)]
     here, there = (share / share.sum() for share in shares)
-    return np.log(here / there).astype(np.float32)
+    return np.asarray(np.log(here / there), dtype=np.float32)

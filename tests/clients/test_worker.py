@@ -461,3 +461,17 @@ def test_a_client_that_cannot_be_weighed_leaves_the_others(make_worker, monkeypa
     assert problems(lines) == {bad: "RuntimeError"}
     assert done == [1] * len(CLIENTS)
     assert all((found["update"][name] == total).all() for name, total in expected["update"].items())
+
+
+def test_the_shift_of_a_clients_classes_is_its_own(make_worker):
+    worker = make_worker(**{"distill.prior-correction": True})
+    labels, public = worker.data.train.labels, np.asarray(worker.data.public)
+    there = np.bincount(labels[public], minlength=2) + 1
+    shifts = set()
+    for client in worker.data.eligible:
+        own = np.bincount(labels[worker.data.shard(client).train], minlength=2) + 1
+        shift = worker._examples(client).shift
+        np.testing.assert_allclose(shift, np.log(own / own.sum() / (there / there.sum())), rtol=1e-6)
+        shifts.add(tuple(shift))
+    assert len(shifts) > 1
+    assert make_worker()._examples(0).shift is None
