@@ -1,8 +1,8 @@
 """A sweep in a TOML file: keys of a run, and around them what is varied.
 
 Above the sections stand ``seeds = [0, 1, 2]``, ``tasks = ["sst2", "mrpc"]`` (or ``tasks = "glue"``: all that
-``data.source`` holds) and ``ceiling = true``. ``[arms.NAME]`` holds the keys in which an arm differs. Everything else
-is a key of every run.
+``data.source`` holds) and ``ceiling = true``. ``[arms.NAME]`` holds the keys in which an arm differs, ``[task.NAME]``
+those of one of the tasks, such as its number of rounds. Everything else is a key of every run.
 """
 
 import re
@@ -17,7 +17,8 @@ from common.tasks import GLUE
 
 ALONE = "run"  # the arm of a file that names none
 OWN = ("seeds", "tasks", "ceiling")
-TRAINING = ("student.", "distill.", "server.", "client.")  # keys that a ceiling does not depend on
+# keys that a ceiling does not depend on
+TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,7 @@ class Planned:
         """Runs of the same have one ceiling."""
         flat = self.config.flat()
         return tuple(
-            (key, value)
-            for key, value in flat.items()
-            if key != "rounds" and (key == "client.precision" or not key.startswith(TRAINING))
+            (key, value) for key, value in flat.items() if key == "client.precision" or not key.startswith(TRAINING)
         )
 
 
@@ -74,7 +73,7 @@ def read_sweep(path: Path, settings: Sequence[str] = (), seeds: Sequence[int] | 
         InputError: naming the file or key, what was found and what would be right.
     """
     document = read_toml(path)
-    arms = _arms(path, document)
+    arms, of_task = _sections(path, document, "arms") or {ALONE: {}}, _sections(path, document, "task")
     own = {name: document.pop(name) for name in OWN if name in document}
     over = read_settings(settings)
     base = document | over
@@ -85,14 +84,16 @@ def read_sweep(path: Path, settings: Sequence[str] = (), seeds: Sequence[int] | 
         raise InputError(f"{path}: ceiling = {ceiling!r}: give true or false")
     chosen = tuple(seeds) if seeds is not None else _seeds(path, own, base)
     tasks, skipped = _tasks(path, own, base)
+    if other := sorted(of_task.keys() - {*tasks, *skipped}):
+        raise InputError(f"{path}: task.{other[0]}: no such task among the sweep's; leave the section out")
     for arm, keys in arms.items():
         for name, listed in (("seed", chosen), ("task", tasks)):
             if name in keys and listed:
                 raise InputError(f"{path}: arms.{arm}.{name}: the sweep's {name}s are a list; leave it out")
     runs = [
-        _planned(path, arm, {**base, **keys, **({"task": task} if task else {}), "seed": seed})
+        _planned(path, arm, {**base, **of_task.get(task, {}), **over, **keys, **named, "seed": seed})
         for seed in chosen
-        for task in tasks or ("",)
+        for task, named in ((task, {"task": task} if task else {}) for task in tasks or ("",))
         for arm, keys in arms.items()
     ]
     return Sweep(tuple(runs), arms, ceiling, skipped)
@@ -106,20 +107,22 @@ def _planned(path: Path, arm: str, keys: dict[str, Any]) -> Planned:
     return Planned(arm, config.task, config.seed, keys, config)
 
 
-def _arms(path: Path, document: dict[str, Any]) -> dict[str, dict[str, Scalar]]:
-    """Takes the arms out of the document."""
-    named = {key: document.pop(key) for key in list(document) if key == "arms" or key.startswith("arms.")}
-    arms: dict[str, dict[str, Scalar]] = {}
+def _sections(path: Path, document: dict[str, Any], kind: str) -> dict[str, dict[str, Scalar]]:
+    """Takes the sections [KIND.NAME] out of the document."""
+    named = {key: document.pop(key) for key in list(document) if key.partition(".")[0] == kind and key != "task"}
+    found_in: dict[str, dict[str, Scalar]] = {}
     for key, keys in named.items():
-        name = key.removeprefix("arms").removeprefix(".")
+        name = key.removeprefix(kind).removeprefix(".")
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or not isinstance(keys, dict):
-            raise InputError(f"{path}: {key}: give arms as sections, [arms.NAME], NAME of letters, digits and . - _ +")
-        arms[name] = {
+            raise InputError(
+                f"{path}: {key}: give {kind} as sections, [{kind}.NAME], NAME of letters, digits and . - _ +"
+            )
+        found_in[name] = {
             f"{part}.{inner}" if isinstance(value, dict) else part: found
             for part, value in keys.items()
             for inner, found in (value.items() if isinstance(value, dict) else ((part, value),))
         }
-    return arms or {ALONE: {}}
+    return found_in
 
 
 def _seeds(path: Path, own: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[int, ...]:

@@ -118,3 +118,29 @@ def test_a_wrong_file_is_refused_in_one_line(write, text):
         read_sweep(write(text))
     assert "a.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_of_one_task_lie_over_the_base_and_below_settings_and_arms(write):
+    path = write("""
+        rounds = 5
+        tasks = ["sst2", "cola"]
+        [task.cola]
+        rounds = 9
+        client.epochs = 2
+        [arms.a]
+        [arms.b]
+        client.epochs = 3
+    """)
+    found = {(run.task, run.arm): (run.config.rounds, run.config.client.epochs) for run in read_sweep(path).runs}
+    assert found == {("sst2", "a"): (5, 1), ("sst2", "b"): (5, 3), ("cola", "a"): (9, 2), ("cola", "b"): (9, 3)}
+    assert {run.config.rounds for run in read_sweep(path, ["rounds=2"]).runs} == {2}
+
+
+def test_keys_of_a_task_that_is_not_there_are_refused_but_not_those_that_glue_skips(write, tmp_path):
+    path = write("tasks = ['sst2']\n[task.cola]\nrounds = 9")
+    with pytest.raises(InputError, match=r"task\.cola: no such task among the sweep's; leave the section out"):
+        read_sweep(path)
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    (tmp_path / "glue" / "sst2" / "train-0.parquet").touch()
+    path = write(f"tasks = 'glue'\n[data]\nsource = '{tmp_path / 'glue'}'\n[task.cola]\nrounds = 9")
+    assert [run.task for run in read_sweep(path).runs] == ["sst2"]
