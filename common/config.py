@@ -175,6 +175,16 @@ class DistillKeys(_Section):
         1.0,
         description="with `student.tiers` and nested: weight of KL(a client's student, each smaller one inside it)",
     )
+    general_rounds: int = Field(
+        0,
+        ge=0,
+        description="the first so many rounds are general: no task and no label, the student learns to guess masked "
+        "pieces as the teacher did before it was fine-tuned (DistilBERT's triple loss)",
+    )
+    general_soft_weight: Weight = Field(5.0, description="there: weight of KL(teacher, student) over word pieces")
+    general_mlm_weight: Weight = Field(2.0, description="there: weight of the piece that is masked")
+    general_cosine_weight: Weight = Field(1.0, description="there: weight of 1 - cosine of the last hidden states")
+    mask_probability: float = Field(0.15, gt=0.0, lt=1.0, description="there: of each word piece to be masked")
 
 
 class ClientKeys(_Section):
@@ -374,6 +384,7 @@ class Config(_Section):
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         self._what_tiers_allow()
+        self._general_rounds_come_first()
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
@@ -396,6 +407,29 @@ class Config(_Section):
                 f"student.tiers = {self.student.tiers!r}: clients of each tier are added up by themselves, "
                 f"{against[0]} does not fit that; give one of them"
             )
+
+    def _general_rounds_come_first(self) -> None:
+        keys, student = self.distill, self.student
+        if not keys.general_rounds:
+            return
+        told = f"distill.general-rounds = {keys.general_rounds}"
+        if keys.general_rounds >= self.rounds:
+            raise ValueError(f"{told}: the task's rounds come after these, and rounds = {self.rounds}; give fewer")
+        if keys.general_soft_weight + keys.general_mlm_weight + keys.general_cosine_weight == 0:
+            raise ValueError(
+                "distill.general-soft-weight, general-mlm-weight and general-cosine-weight are all 0: nothing to learn "
+                f"from in {told}"
+            )
+        against = {
+            f"server.strategy = {self.server.strategy!r}": self.server.strategy in (*FUSED, *KEEPING),
+            f"student.tiers = {student.tiers!r}": bool(student.tiers),
+            f"student.warm-epochs = {student.warm_epochs}": student.warm_epochs > 0,
+            "student.train-embeddings = true": student.train_embeddings,
+            f"client.micro-budget = {AUTO_BUDGET}": self.client.micro_budget == AUTO_BUDGET,
+        }
+        for other, found in against.items():
+            if found:
+                raise ValueError(f"{told}: {other} does not fit that; give one of them")
 
     def _check_batches(self) -> None:
         keys = self.client

@@ -25,21 +25,30 @@ def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
     Raises:
         InputError: it does not load, or ``complete`` is asked for and some of the weights are not there.
     """
+    model, missing = load_frozen("AutoModelForSequenceClassification", folder, **overrides)
+    if complete and missing:
+        raise InputError(f"teacher.model: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
+    return model
+
+
+def load_frozen(kind: str, folder: Path, **overrides: Any) -> tuple[Any, list[str]]:
+    """A model that transformers opens as this kind, frozen and in evaluation mode, and its weights that are not there.
+
+    Raises:
+        InputError: it does not load.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     safely = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, found = getattr(transformers, kind).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **safely, **overrides
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise InputError(f"teacher.model: {folder} does not load ({type(error).__name__})") from None
-    missing = sorted(found["missing_keys"])
-    if complete and missing:
-        raise InputError(f"teacher.model: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), sorted(found["missing_keys"])
 
 
 SELECTIONS = ("spaced", "distilbert", "bottom", "top", "random")

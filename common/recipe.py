@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config import Config
+from common.config import Config, DistillKeys
 from common.errors import InputError
 from common.families import head_count
 from common.models import pair_hidden_layers
 from common.slim import Shape
 
-PARTS = ("soft", "hard", "hidden", "cls", "relation", "self")  # of the loss
+PARTS = ("soft", "hard", "hidden", "cls", "relation", "self", "mlm")  # of the loss
 DEEP = PARTS[2:5]  # need the teacher itself beside the student
 BY_PLACE = ("hidden", "relation")  # means over real positions
 BY_WINDOW = ("cls",)  # means over windows; the others over examples
+GENERAL = ("soft", "mlm", "hidden")  # the parts of general distillation
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
 
 
@@ -67,10 +68,12 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
     """
     keys, distill = config.client, config.distill
     layers = len(shape.layers), int(teacher.num_hidden_layers)
-    passed = (round_number - 1) / (config.rounds - 1) if config.rounds > 1 else 0.0
-    weights = {part: getattr(distill, f"{part}_weight") for part in PARTS}
+    passed = _passed(round_number, config.rounds)
+    weights = {part: getattr(distill, f"{part}_weight", 0.0) for part in PARTS}  # the task's loss has no "mlm"
     if distill.weighting == "annealed":
-        weights |= {"soft": weights["soft"] * (1.0 - passed), "hard": weights["hard"] + weights["soft"] * passed}
+        first = distill.general_rounds  # the task's rounds come after these
+        over = _passed(max(round_number - first, 1), config.rounds - first)
+        weights |= {"soft": weights["soft"] * (1.0 - over), "hard": weights["hard"] + weights["soft"] * over}
     return Recipe(
         epochs=keys.epochs,
         lr=keys.lr * (1.0 - 0.9 * passed if keys.lr_decay == "linear" else 1.0),
@@ -89,6 +92,17 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         multi_label=config.data.multi_label,
         proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
     )
+
+
+def _passed(number: int, rounds: int) -> float:
+    """How much of the rounds, counted from 1, has passed when this one begins: from 0 to 1 for the last."""
+    return (number - 1) / (rounds - 1) if rounds > 1 else 0.0
+
+
+def general_recipe(recipe: Recipe, keys: DistillKeys) -> Recipe:
+    """A round's recipe for general distillation: nothing of the task's loss, and no label read."""
+    weights = {"soft": keys.general_soft_weight, "mlm": keys.general_mlm_weight, "hidden": keys.general_cosine_weight}
+    return replace(recipe, weights={**dict.fromkeys(PARTS, 0.0), **weights}, adaptive=False)
 
 
 def relation_heads(asked: int, shape: Shape, teacher: Any) -> int:

@@ -22,6 +22,7 @@ from common.recipe import DEEP
 from common.slim import build
 from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson
+from server.masked import MaskedTeacher, prepare_masked_teacher
 from server.student import narrowed, prepare_student
 from server.teacher import Teacher, find_teacher
 
@@ -32,6 +33,7 @@ class Federation:
 
     Attributes:
         pupil: the student as it starts; the server scores and saves with its module.
+        masked: the teacher of general rounds, where there are some.
         tiers: it and the smaller ones inside it.
         tier_of: (clients,) the tier that each client holds.
     """
@@ -39,6 +41,7 @@ class Federation:
     config: Config
     lesson: Lesson
     pupil: Pupil
+    masked: MaskedTeacher | None = None
     tiers: Tiers = field(init=False)
     tier_of: NDArray[np.int64] = field(init=False)
 
@@ -102,10 +105,11 @@ def prepare(config: Config, progress: Progress) -> Federation:
         pairs = getattr(config.distill, key.replace("-", "_"))
         pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers), key)
     check_windows(config)
+    masked = prepare_masked_teacher(source) if config.distill.general_rounds else None
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
     lesson.model.to("cpu")
-    return Federation(config, lesson, pupil)
+    return Federation(config, lesson, pupil, masked)
 
 
 def mentor_layers(config: Config, have: int) -> int:
