@@ -91,7 +91,8 @@ class Worker:
         self.pupil = open_pupil(cache / "students" / student, self.data, cache)
         if self.pupil.hash != student_hash:
             raise ValueError("the student's weights are not those of this run")
-        self.tiers = Tiers(config, self.pupil.model.to(self.compute.device), self.pupil.shape)
+        student, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
+        self.tiers = Tiers(config, student, self.pupil.shape, width)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
         self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
         self._rooms: dict[int, Room] = {}  # by tier, found with the first client

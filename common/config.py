@@ -94,6 +94,9 @@ class TeacherKeys(_Section):
 
 
 class StudentKeys(_Section):
+    model: str = Field(
+        "", description="what the student is cut from: a folder or hub id as `teacher.model`; empty: the teacher"
+    )
     layers: int = Field(3, ge=1, description="transformer layers kept")
     layer_selection: str = Field(
         "spaced",
@@ -292,6 +295,13 @@ def _needs_own_updates(keys: dict[str, Any]) -> list[str]:
     return [f"server.{key}" for key in found]
 
 
+def _refuse(told: str, against: dict[str, bool]) -> None:
+    """Raise ValueError for the first of some keys that is found beside the one that is told of."""
+    for other, found in against.items():
+        if found:
+            raise ValueError(f"{told}: {other} does not fit that; give one of them")
+
+
 class RuntimeKeys(_Section):
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: cores divided by threads")
     threads: int = Field(1, ge=1, le=256, description="threads per worker; part of the bits of the result")
@@ -385,6 +395,7 @@ class Config(_Section):
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         self._what_tiers_allow()
         self._general_rounds_come_first()
+        self._student_of_its_own()
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
@@ -427,9 +438,17 @@ class Config(_Section):
             "student.train-embeddings = true": student.train_embeddings,
             f"client.micro-budget = {AUTO_BUDGET}": self.client.micro_budget == AUTO_BUDGET,
         }
-        for other, found in against.items():
-            if found:
-                raise ValueError(f"{told}: {other} does not fit that; give one of them")
+        _refuse(told, against)
+
+    def _student_of_its_own(self) -> None:
+        keys = self.student
+        if keys.model:
+            against = {
+                f"server.strategy = {self.server.strategy!r}": self.server.strategy in (*FUSED, *KEEPING),
+                f"student.tiers = {keys.tiers!r}": bool(keys.tiers),
+                f"distill.general-rounds = {self.distill.general_rounds}": self.distill.general_rounds > 0,
+            }
+            _refuse(f"student.model = {keys.model!r}", against)
 
     def _check_batches(self) -> None:
         keys = self.client

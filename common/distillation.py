@@ -26,6 +26,8 @@ from common.objective import Batch, Examples, batch_of, masked, objective, parts
 from common.recipe import PARTS, Recipe
 from common.seeding import generator, seed_for
 
+PROJECTION = "projection"  # among the trained weights: see `common.objective.parts_of`
+
 
 @dataclass(frozen=True)
 class Student:
@@ -181,6 +183,7 @@ def set_gradients(
         found = parts_of(
             state.student.model, batch, recipe, compute,
             teacher=teacher, smaller=state.student.smaller, vocabulary=state.vocabulary,
+            projection=state.trained.get(PROJECTION),
         )  # fmt: skip
         loss = objective(found, batch, recipe, weights)
         loss.backward()

@@ -187,12 +187,15 @@ def parts_of(
     teacher: Any = None,
     smaller: Sequence[Any] = (),
     vocabulary: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The parts of a student's loss: soft and hard (batch,), the others (); in general distillation all ().
 
     Args:
         smaller: the students inside it that it teaches; see `common.nested`.
         vocabulary: the word pieces that the rows of its word embedding stand for; None: all.
+        projection: (teacher's width, student's width) from its hidden states to the teacher's, TinyBERT's W_h (Jiao et
+            al. 2020, https://arxiv.org/abs/1909.10351, equation 8); None: both are equally wide.
     """
     if batch.guessed is not None:
         return _general_parts(model, batch, recipe, compute, teacher)
@@ -222,6 +225,8 @@ def parts_of(
     mask = own["attention_mask"] if batch.places is None else batch.places[2]
     # entry 0 of hidden_states is the embedding's output
     pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]
+    if projection is not None:
+        pairs = [(a @ projection.T, b) for a, b in pairs]
     if recipe.weights["hidden"] > 0:
         distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
         parts["hidden"] = torch.stack([distance(*compared(a, b, batch), mask) for a, b in pairs]).mean()

@@ -113,9 +113,10 @@ def relation_heads(asked: int, shape: Shape, teacher: Any) -> int:
     """
     heads = len(shape.heads[0]), head_count(teacher)
     size = int(teacher.hidden_size) // heads[1]
-    if asked and any(count * size % asked for count in heads):
+    widths = heads[0] * (shape.head_size or size), heads[1] * size
+    if asked and any(width % asked for width in widths):
         raise InputError(
-            f"distill.relation-heads = {asked}: student and teacher have {heads[0]} and {heads[1]} heads of width "
-            f"{size}; give a divisor of {math.gcd(*heads) * size}"
+            f"distill.relation-heads = {asked}: the heads of student and teacher are {widths[0]} and {widths[1]} wide "
+            f"together; give a divisor of {math.gcd(*widths)}"
         )
     return asked or math.gcd(*heads)
