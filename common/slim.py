@@ -71,7 +71,8 @@ class Shape:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Shape":
         lists = {name: tuple(tuple(map(int, row)) for row in raw[name]) for name in ("heads", "neurons")}
-        pieces, rank, head_size = (int(raw[name]) for name in ("pieces", "rank", "head_size"))
+        pieces, rank = int(raw["pieces"]), int(raw["rank"])
+        head_size = int(raw.get("head_size", 0))  # students of earlier versions are cut from their teachers
         return cls(tuple(map(int, raw["layers"])), **lists, pieces=pieces, rank=rank, head_size=head_size)
 
 

@@ -101,14 +101,17 @@ def _check_compared(config: Config, model: Any, mine: dict[str, Any], theirs: di
 
 
 def _document(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
-    return {**found, "truncation": None, "padding": None}
+    """All that the inputs of a text depend on."""
+    tokenizer = load_tokenizer(folder)
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = list(tokenizer.model_input_names)  # BERT's has token types, DistilBERT's has none
+    return {**found, "truncation": None, "padding": None, "inputs": names, "pad": tokenizer.pad_token_id}
 
 
 def _words(document: dict[str, Any]) -> Any:
     """What a tokenizer's words depend on: whether letters have case or accents does not matter."""
-    normalizer = document["normalizer"] or {}
+    normalizer, processor = document["normalizer"] or {}, document["post_processor"] or {}
     kept = {name: value for name, value in normalizer.items() if name not in ("lowercase", "strip_accents")}
-    single = (document["post_processor"] or {}).get("single")
-    shape = None if single is None else [list(part) for part in single]  # special pieces are words of their own
-    return kept, document["pre_tokenizer"], (document["post_processor"] or {}).get("type"), shape
+    # special pieces are words of their own, whatever they are called
+    special = {name: [list(part) for part in processor.get(name) or ()] for name in ("single", "pair")}
+    return kept, document["pre_tokenizer"], processor.get("type"), special

@@ -89,6 +89,14 @@ def test_a_tokenizer_of_its_own_cuts_the_text_and_words_are_compared(school, tmp
     assert len(own.ids) > len(pupil.taught.ids)
 
 
+def test_another_family_with_the_same_pieces_gets_its_own_inputs(school, tmp_path):
+    """DistilBERT takes no token types, BERT does; words are compared all the same."""
+    folder = make_teacher(tmp_path, "distilbert", labels=0)
+    pupil = student(school, folder, distill__hidden_weight=1.0, distill__relation_weight=1.0, student__warm_epochs=1)
+    assert (pupil.data.train.tokens.typed, pupil.taught.typed) == (False, True)
+    assert np.array_equal(pupil.data.train.tokens.ids, pupil.taught.ids)
+
+
 def test_a_warm_start_trains_the_projection_along_and_keeps_it(school, narrow):
     keys = {"student__model": str(narrow), "distill__hidden_weight": 1.0}
     assert load_exits(school.student(**keys)) == {}
