@@ -15,6 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.consensus import ConsensusWorker
+from clients.general import GeneralWorker
 from clients.mutual import MutualWorker
 from clients.worker import Finished, Worker
 from common.config import from_flat
@@ -23,6 +24,7 @@ from common.wire import Instruction, pack_reply, unpack_instruction, unpack_stud
 
 app = ClientApp()
 NEEDS = ("teacher", "teacher_hash", "dataset", "student", "student_hash")  # of an instruction, what a worker is made of
+MASKED = ("masked", "masked_hash")  # and one with general rounds
 WORKERS: dict[str, type[Worker]] = {"fedmd": ConsensusWorker, "ds-fl": ConsensusWorker, "fedkd": MutualWorker}
 
 _resident: dict[str, Worker] = {}  # at most one: a new run replaces it
@@ -102,12 +104,13 @@ def _safely(work: Callable[[], Message]) -> Message:
 
 
 def _worker(instruction: Instruction) -> Worker:
-    needs = {name: getattr(instruction, name) for name in NEEDS}
+    needs = {name: getattr(instruction, name) for name in (*NEEDS, *(MASKED if instruction.masked else ()))}
     name = json.dumps([instruction.config, needs])
     if name not in _resident:
         _resident.clear()
         config = from_flat(json.loads(instruction.config))
-        _resident[name] = WORKERS.get(config.server.strategy, Worker)(config, **needs)
+        kind = GeneralWorker if instruction.masked else WORKERS.get(config.server.strategy, Worker)
+        _resident[name] = kind(config, **needs)
     return _resident[name]
 
 

@@ -92,7 +92,8 @@ class Worker:
         self.pupil = open_pupil(cache / "students" / student, self.data, cache)
         if self.pupil.hash != student_hash:
             raise ValueError("the student's weights are not those of this run")
-        self.tiers = Tiers(config, self.pupil.model.to(self.compute.device), self.pupil.shape)
+        student, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
+        self.tiers = Tiers(config, student, self.pupil.shape, width)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
         self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
         self._rooms: dict[int, Room] = {}  # by tier, found with the first client
@@ -289,12 +290,8 @@ class Worker:
 
     def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
         """What a client makes of its tier's tensors; ``base``: the round of its last answer that was taken."""
-        tier, teacher = int(self.tier_of[client]), self.teacher.config
-        recipe = self._recipe(instruction.round)
-        if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
-            recipe = replace(recipe, token_budget=instruction.token_budget)
-        recipe = self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, teacher)
-        examples = self._examples(client)
+        tier = int(self.tier_of[client])
+        recipe, examples, teacher = self._lesson(instruction, client)
         return distil(
             self.students[tier],
             received,
@@ -303,9 +300,19 @@ class Worker:
             compute=self.compute,
             seed=self.config.seed,
             who=(instruction.round, client),
-            teacher=self.teacher,
+            teacher=teacher,
             room=self._room(tier, received, examples, recipe),
         )
+
+    def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
+        """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
+        return self._round_recipe(instruction, int(self.tier_of[client])), self._examples(client), self.teacher
+
+    def _round_recipe(self, instruction: Instruction, tier: int) -> Recipe:
+        recipe = self._recipe(instruction.round)
+        if instruction.token_budget:  # passes in parts of the first rounds' size: it takes no more memory
+            recipe = replace(recipe, token_budget=instruction.token_budget)
+        return self.tiers.recipe(tier, recipe, self.config.distill.relation_heads, self.teacher.config)
 
     def _recipe(self, round_number: int) -> Recipe:
         return make_recipe(self.config, round_number, self.pupil.shape, self.teacher.config, self.data.task.regression)
@@ -322,12 +329,17 @@ class Worker:
         return self._rooms.get(tier)
 
     def _examples(self, client: int) -> Examples:
-        rows = self.data.shard(client).train
-        if not len(rows):
-            raise ClientRefused("no training examples")
+        rows = self._rows_of(client)
         return Examples(
             self.pupil.data.train, rows, self.teacher_logits(rows), self.pupil.taught, shift=self._shift(rows)
         )
+
+    def _rows_of(self, client: int) -> NDArray[np.int64]:
+        """Those that a client trains on."""
+        rows = self.data.shard(client).train
+        if not len(rows):
+            raise ClientRefused("no training examples")
+        return rows
 
     def _shift(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """What a client's own shares of the classes do, where that is taken out."""

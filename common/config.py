@@ -99,6 +99,9 @@ class TeacherKeys(_Section):
 
 
 class StudentKeys(_Section):
+    model: str = Field(
+        "", description="what the student is cut from: a folder or hub id as `teacher.model`; empty: the teacher"
+    )
     layers: int = Field(3, ge=1, description="transformer layers kept")
     layer_selection: str = Field(
         "spaced",
@@ -194,6 +197,16 @@ class DistillKeys(_Section):
     inner_weight: Weight = Field(
         1.0, description="and of the loss on outputs, soft and hard, of each smaller one itself"
     )
+    general_rounds: int = Field(
+        0,
+        ge=0,
+        description="the first so many rounds are general: no task and no label, the student learns to guess masked "
+        "pieces as the teacher did before it was fine-tuned (DistilBERT's triple loss)",
+    )
+    general_soft_weight: Weight = Field(5.0, description="there: weight of KL(teacher, student) over word pieces")
+    general_mlm_weight: Weight = Field(2.0, description="there: weight of the piece that is masked")
+    general_cosine_weight: Weight = Field(1.0, description="there: weight of 1 - cosine of the last hidden states")
+    mask_probability: float = Field(0.15, gt=0.0, lt=1.0, description="there: of each word piece to be masked")
 
 
 class ClientKeys(_Section):
@@ -302,6 +315,13 @@ def _needs_own_updates(keys: dict[str, Any]) -> list[str]:
     return [f"server.{key}" for key in found]
 
 
+def _refuse(told: str, against: dict[str, bool]) -> None:
+    """Raise ValueError for the first of some keys that is found beside the one that is told of."""
+    for other, found in against.items():
+        if found:
+            raise ValueError(f"{told}: {other} does not fit that; give one of them")
+
+
 class RuntimeKeys(_Section):
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: cores divided by threads")
     threads: int = Field(1, ge=1, le=256, description="threads per worker; part of the bits of the result")
@@ -392,6 +412,8 @@ class Config(_Section):
         if self.data.partition == "natural" and not self.data.partition_by:
             raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
         self._what_tiers_allow()
+        self._general_rounds_come_first()
+        self._student_of_its_own()
         if self.task == "text" and not self.data.source:
             raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
         return self
@@ -425,6 +447,39 @@ class Config(_Section):
                 f"student.tiers = {self.student.tiers!r}: clients of each tier are added up by themselves, "
                 f"{against[0]} does not fit that; give one of them"
             )
+
+    def _general_rounds_come_first(self) -> None:
+        keys, student = self.distill, self.student
+        if not keys.general_rounds:
+            return
+        told = f"distill.general-rounds = {keys.general_rounds}"
+        if keys.general_rounds >= self.rounds:
+            raise ValueError(f"{told}: the task's rounds come after these, and rounds = {self.rounds}; give fewer")
+        if keys.general_soft_weight + keys.general_mlm_weight + keys.general_cosine_weight == 0:
+            raise ValueError(
+                "distill.general-soft-weight, general-mlm-weight and general-cosine-weight are all 0: nothing to learn "
+                f"from in {told}"
+            )
+        against = {
+            f"server.strategy = {self.server.strategy!r}": self.server.strategy in (*FUSED, *KEEPING),
+            f"student.tiers = {student.tiers!r}": bool(student.tiers),
+            f"student.warm-epochs = {student.warm_epochs}": student.warm_epochs > 0,
+            f"student.general-epochs = {student.general_epochs}": student.general_epochs > 0,
+            "student.train-embeddings = true": student.train_embeddings,
+            f"client.micro-budget = {AUTO_BUDGET}": self.client.micro_budget == AUTO_BUDGET,
+        }
+        _refuse(told, against)
+
+    def _student_of_its_own(self) -> None:
+        keys = self.student
+        if keys.model:
+            against = {
+                f"server.strategy = {self.server.strategy!r}": self.server.strategy in (*FUSED, *KEEPING),
+                f"student.tiers = {keys.tiers!r}": bool(keys.tiers),
+                f"distill.general-rounds = {self.distill.general_rounds}": self.distill.general_rounds > 0,
+                f"student.general-epochs = {keys.general_epochs}": keys.general_epochs > 0,
+            }
+            _refuse(f"student.model = {keys.model!r}", against)
 
     def _check_batches(self) -> None:
         keys = self.client

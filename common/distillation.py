@@ -22,9 +22,11 @@ from torch import Tensor
 from common.batches import cut, token_budget_batches
 from common.device import Compute, is_out_of_memory
 from common.models import set_training
-from common.objective import Batch, Examples, batch_of, objective, parts_of, shares_of
+from common.objective import Batch, Examples, batch_of, masked, objective, parts_of, shares_of
 from common.recipe import PARTS, Recipe
 from common.seeding import generator, seed_for
+
+PROJECTION = "projection"  # among the trained weights: see `common.objective.parts_of`
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def set_gradients(
         found = parts_of(
             state.student.model, batch, recipe, compute,
             teacher=teacher, smaller=state.student.smaller, vocabulary=state.vocabulary,
+            projection=state.trained.get(PROJECTION),
         )  # fmt: skip
         loss = objective(found, batch, recipe, weights)
         loss.backward()
@@ -228,7 +231,7 @@ def learn(
 
     Args:
         who: (round, client); with the seed they determine every random choice.
-        teacher: the model, for losses on inner states.
+        teacher: the model, for losses on inner states; for general distillation that with the masked-LM head.
         room: takes the place of the recipe's ``micro_budget``, and shrinks when memory runs out.
         advance: told how many more examples are done.
     """
@@ -237,17 +240,20 @@ def learn(
     state = begin(student, weights, recipe, data.tokens.vocabulary(rows) if student.words else None)
     lengths = data.tokens.lengths(rows)
     batches = [
-        places
+        (epoch, places)
         for epoch in range(recipe.epochs)
         for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "batches", *who, epoch))
     ]
+    shown, shown_in = examples, -1
     try:
-        for number, places in enumerate(batches):
+        for number, (epoch, places) in enumerate(batches):
             if recipe.last_lr:
                 passed = number / max(len(batches) - 1, 1)
                 student.optimizer.param_groups[0]["lr"] = recipe.lr + (recipe.last_lr - recipe.lr) * passed
+            if examples.masking is not None and epoch != shown_in:
+                shown, shown_in = masked(examples, generator(seed, "masks", *who, epoch)), epoch
             told = set_gradients_in(
-                room, state, examples, places, lengths, recipe=recipe, compute=compute, teacher=teacher
+                room, state, shown, places, lengths, recipe=recipe, compute=compute, teacher=teacher
             )
             step(state, told, len(places), recipe)
             advance(len(places))

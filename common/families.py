@@ -20,6 +20,7 @@ class Family:
         up, down: the two products of the feed-forward network; its neurons lie in between.
         embeddings: where everything lies that turns pieces into vectors.
         classifier: where the task's head lies.
+        masked: in a masked LM, what makes logits of the last hidden states, in its order; empty: there is none.
         norm: in a layer, the norm that its output leaves it through; empty where layers end in a sum.
         width: name of the feed-forward width in the configuration.
         reads_last: the head reads the last piece that is not padding, so the configuration must know which that is.
@@ -32,12 +33,13 @@ class Family:
     down: str
     embeddings: tuple[str, ...]
     classifier: str = "classifier"
+    masked: tuple[str, ...] = ()
     norm: str = ""
     width: str = "intermediate_size"
     reads_last: bool = False
 
 
-def _encoder(name: str, embeddings: tuple[str, ...] = ("embeddings",)) -> Family:
+def _encoder(name: str, masked: tuple[str, ...], embeddings: tuple[str, ...] = ("embeddings",)) -> Family:
     return Family(
         layers=f"{name}.encoder.layer",
         heads=("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -45,14 +47,17 @@ def _encoder(name: str, embeddings: tuple[str, ...] = ("embeddings",)) -> Family
         up="intermediate.dense",
         down="output.dense",
         embeddings=tuple(f"{name}.{part}" for part in embeddings),
+        masked=masked,
         norm="output.LayerNorm",
     )
 
 
 FAMILIES = {
-    "bert": _encoder("bert"),
-    "roberta": _encoder("roberta"),
-    "electra": _encoder("electra", ("embeddings", "embeddings_project")),
+    "bert": _encoder("bert", ("cls",)),
+    "roberta": _encoder("roberta", ("lm_head",)),
+    "electra": _encoder(
+        "electra", ("generator_predictions", "generator_lm_head"), ("embeddings", "embeddings_project")
+    ),
     "distilbert": Family(
         layers="distilbert.transformer.layer",
         heads=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -60,6 +65,7 @@ FAMILIES = {
         up="ffn.lin1",
         down="ffn.lin2",
         embeddings=("distilbert.embeddings",),
+        masked=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
         norm="output_layer_norm",
         width="hidden_dim",
     ),

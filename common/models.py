@@ -16,14 +16,29 @@ DROPOUTS = (
 )  # fmt: skip
 
 
-def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
+def load_teacher(folder: Path, complete: bool = True, *, key: str = "teacher.model", **overrides: Any) -> Any:
     """A sequence classifier from a folder of safetensors, frozen and in evaluation mode.
 
     ``overrides`` go into its configuration, e.g. ``num_labels`` for a bare encoder, whose head is then drawn
     from torch's global generator.
 
+    Args:
+        key: the key that named it.
+
     Raises:
         InputError: it does not load, or ``complete`` is asked for and some of the weights are not there.
+    """
+    model, missing = load_frozen("AutoModelForSequenceClassification", folder, key=key, **overrides)
+    if complete and missing:
+        raise InputError(f"{key}: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
+    return model
+
+
+def load_frozen(kind: str, folder: Path, *, key: str = "teacher.model", **overrides: Any) -> tuple[Any, list[str]]:
+    """A model that transformers opens as this kind, frozen and in evaluation mode, and its weights that are not there.
+
+    Raises:
+        InputError: it does not load.
     """
     import transformers
 
@@ -31,15 +46,12 @@ def load_teacher(folder: Path, complete: bool = True, **overrides: Any) -> Any:
     transformers.logging.disable_progress_bar()
     safely = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, found = getattr(transformers, kind).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **safely, **overrides
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"teacher.model: {folder} does not load ({type(error).__name__})") from None
-    missing = sorted(found["missing_keys"])
-    if complete and missing:
-        raise InputError(f"teacher.model: {folder} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
-    return model.requires_grad_(False).eval()
+        raise InputError(f"{key}: {folder} does not load ({type(error).__name__})") from None
+    return model.requires_grad_(False).eval(), sorted(found["missing_keys"])
 
 
 SELECTIONS = ("spaced", "distilbert", "bottom", "top", "random")

@@ -7,6 +7,9 @@ arrays as ``exits.DEPTH.NAME``; and who trains a larger student trains those ins
 its own, and on its own outputs (DepthFL, Kim et al. 2023, https://openreview.net/forum?id=pf8RIZTMU58; in-place
 distillation, Yu and Huang 2019, https://arxiv.org/abs/1903.05134). Without tiers there is one, the whole student under
 its own names.
+
+A student less or more wide than its teacher, whose hidden states are compared with that one's, trains a projection
+between them along, which is among the shared arrays too.
 """
 
 import copy
@@ -14,15 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from common.config import Config
-from common.distillation import Student
+from common.distillation import PROJECTION, Student
 from common.families import family_of, is_exit, side_by_side
 from common.models import freeze_embeddings
 from common.recipe import Recipe, relation_heads
+from common.seeding import generator
 from common.slim import Shape, beginning, build
 
 Shapes = dict[str, tuple[int, ...]]
@@ -74,6 +79,7 @@ class Tiers:
     Args:
         whole: the whole student; the others are made where it lies and share its embeddings.
         shape: its shape.
+        taught: the teacher's hidden width; 0: as the student's.
 
     Attributes:
         teaches: whether who trains a larger student trains those inside it, too.
@@ -81,8 +87,8 @@ class Tiers:
         fused: of each of them how many products stand side by side in its last dimension.
     """
 
-    def __init__(self, config: Config, whole: Any, shape: Shape) -> None:
-        keys = config.student
+    def __init__(self, config: Config, whole: Any, shape: Shape, taught: int = 0) -> None:
+        keys, self.seed = config.student, config.seed
         nested = keys.tier_mode == "nested"
         self.teaches = nested and config.distill.self_weight + config.distill.inner_weight > 0
         shapes = [shape.beginning(size.layers, size.heads, size.neurons) for size in keys.sizes]
@@ -106,6 +112,12 @@ class Tiers:
             if own_exit:
                 exits |= {shared: own[shared] for name, shared in names.items() if shared != name}
 
+        width = int(whole.config.hidden_size)
+        if taught not in (0, width) and config.distill.hidden_weight + config.distill.cls_weight > 0:
+            for shapes_of in (self.shapes, self.tiers[-1].held, self.tiers[-1].sent):
+                shapes_of[PROJECTION] = (taught, width)
+            self.fused[PROJECTION] = 1
+
     def __len__(self) -> int:
         return len(self.tiers)
 
@@ -113,11 +125,18 @@ class Tiers:
         return self.tiers[tier]
 
     def initial(self) -> dict[str, Tensor]:
-        """The shared arrays before training: an exit of a smaller student begins as a copy of what the whole has."""
+        """The shared arrays before training: an exit of a smaller student begins as a copy of what the whole has.
+
+        A projection begins as any of torch's linear products does, drawn from the run's seed.
+        """
         whole = dict(self.tiers[-1].model.named_parameters())
         start = {name: whole[name] for name in self.tiers[-1].names}
         for tier in self.tiers[:-1]:
             start |= {shared: whole[name] for name, shared in tier.names.items() if shared not in start}
+        if PROJECTION in self.shapes:
+            taught, width = self.shapes[PROJECTION]
+            drawn = generator(self.seed, PROJECTION).uniform(-(width**-0.5), width**-0.5, (taught, width))
+            start[PROJECTION] = torch.from_numpy(drawn.astype(np.float32)).to(self.tiers[-1].model.device)
         return {name: weight.detach() for name, weight in start.items()}
 
     def part(self, tier: int, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

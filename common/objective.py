@@ -18,7 +18,8 @@ from common import losses
 from common.dataset import Split
 from common.device import Compute
 from common.families import family_of, layers_of
-from common.recipe import BY_PLACE, BY_WINDOW, DEEP, INSIDE, PARTS, Recipe
+from common.masking import Masking, guess
+from common.recipe import BY_PLACE, BY_WINDOW, DEEP, GENERAL, INSIDE, PARTS, Recipe
 from common.tokens import Tokens
 
 
@@ -32,6 +33,8 @@ class Examples:
         soft: (n, num_labels) the teacher's logits of these rows.
         taught: all rows of ``data`` in the teacher's pieces, where those are others.
         shift: (classes,) what is added to the logits under the label's loss, see `common.priors`; None: nothing.
+        masking: of general distillation, in which ``soft`` is empty, (n, 0), and `masked` is what is learnt from.
+        guessed: the pieces behind the masks, at their places; see `common.masking.Masking.draw`.
     """
 
     data: Split
@@ -39,6 +42,16 @@ class Examples:
     soft: NDArray[np.float32]
     taught: Tokens | None = None
     shift: NDArray[np.float32] | None = None
+    masking: Masking | None = None
+    guessed: Tokens | None = None
+
+
+def masked(examples: Examples, rng: np.random.Generator) -> Examples:
+    """The examples of general distillation as one epoch shows them: some pieces masked, and no label in them."""
+    assert examples.masking is not None
+    tokens, guessed = examples.masking.draw(examples.data.tokens.take(examples.rows), rng)
+    blind = Split(tokens, labels=np.zeros(0), keys=np.zeros((0, 16), dtype=np.uint8))
+    return replace(examples, data=blind, rows=np.arange(len(tokens)), guessed=guessed)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Batch:
             mask of these; None: everywhere.
         pooling: (batch, windows) what makes the examples' logits of the windows'; None: each has one.
         shift: see `Examples`.
+        guessed: (windows, length) the pieces behind the masks of general distillation, -1 elsewhere.
+        guesses: how many these are.
     """
 
     inputs: dict[str, Tensor]
@@ -65,6 +80,8 @@ class Batch:
     places: tuple[Tensor, Tensor, Tensor] | None = None
     pooling: Tensor | None = None
     shift: Tensor | None = None
+    guessed: Tensor | None = None
+    guesses: int = 0
 
 
 def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, compute: Compute) -> Batch:
@@ -79,7 +96,10 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
     own, taught, compared = inputs(data.tokens), {}, None
     pooling = data.tokens.pooling(rows)
     positions = int(data.tokens.widths(data.tokens.windows(rows)[0]).sum())
-    if recipe.deep and examples.taught is not None:
+    if examples.guessed is not None:
+        assert examples.masking is not None
+        taught = {**own, "input_ids": examples.masking.as_teacher_counts(own["input_ids"])}
+    elif recipe.deep and examples.taught is not None:
         taught = inputs(examples.taught)
         compared, positions = _aligned(data.tokens, examples.taught, rows, device)
     elif recipe.deep:
@@ -87,7 +107,11 @@ def batch_of(examples: Examples, places: NDArray[np.int64], recipe: Recipe, comp
     soft = torch.from_numpy(examples.soft[places]).to(device)
     pooling = None if pooling is None else pooling.to(device)
     shift = None if examples.shift is None else torch.from_numpy(examples.shift).to(device)
-    return Batch(own, soft, hard, taught, positions, compared, pooling, shift)
+    batch = Batch(own, soft, hard, taught, positions, compared, pooling, shift)
+    if examples.guessed is None:
+        return batch
+    guessed = examples.guessed.batch(rows)["input_ids"]
+    return replace(batch, guessed=guessed.to(device), guesses=int((guessed >= 0).sum()))
 
 
 def _aligned(
@@ -112,15 +136,25 @@ def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:
     A mean over the batch is made of the parts' means, each by its share of what the mean is over.
     """
     sizes = [
-        {"place": part.positions, "window": len(part.inputs["input_ids"]), "example": len(part.soft)} for part in parts
+        {
+            "place": part.positions,
+            "window": len(part.inputs["input_ids"]),
+            "example": len(part.soft),
+            "guess": part.guesses,
+        }
+        for part in parts
     ]
-    totals = {of: sum(size[of] for size in sizes) for of in sizes[0]}
+    totals = {of: sum(size[of] for size in sizes) or 1 for of in sizes[0]}  # perhaps nothing was masked
     over = {name: "place" if name in BY_PLACE else "window" if name in BY_WINDOW else "example" for name in PARTS}
+    if parts[0].guessed is not None:
+        over |= {"soft": "guess", "mlm": "guess"}
     return [{name: size[of] / totals[of] for name, of in over.items()} for size in sizes]
 
 
 def objective(parts: Mapping[str, Tensor], batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
     """The loss, (), from its parts as `parts_of` gives them, with these weights."""
+    if batch.guessed is not None:
+        return torch.stack([weights[name] * parts[name] for name in GENERAL]).sum()
     loss = torch.stack([weights[name] * part for name, part in parts.items() if name in DEEP]).sum() + _outer(
         parts["soft"], parts["hard"], batch, recipe, weights
     )
@@ -158,13 +192,18 @@ def parts_of(
     teacher: Any = None,
     smaller: Sequence[Any] = (),
     vocabulary: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The parts of a student's loss: soft and hard (batch,), the others ().
+    """The parts of a student's loss: soft and hard (batch,), the others (); in general distillation all ().
 
     Args:
         smaller: the students inside it that it teaches; see `common.nested`.
         vocabulary: the word pieces that the rows of its word embedding stand for; None: all.
+        projection: (teacher's width, student's width) from its hidden states to the teacher's, TinyBERT's W_h (Jiao et
+            al. 2020, https://arxiv.org/abs/1909.10351, equation 8); None: both are equally wide.
     """
+    if batch.guessed is not None:
+        return _general_parts(model, batch, recipe, compute, teacher)
     own = batch.inputs
     if vocabulary is not None:
         own = {**own, "input_ids": torch.searchsorted(vocabulary, own["input_ids"])}
@@ -193,6 +232,8 @@ def parts_of(
     mask = own["attention_mask"] if batch.places is None else batch.places[2]
     # entry 0 of hidden_states is the embedding's output
     pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]
+    if projection is not None:
+        pairs = [(a @ projection.T, b) for a, b in pairs]
     if recipe.weights["hidden"] > 0:
         distance = losses.HIDDEN_LOSSES[recipe.hidden_loss]
         parts["hidden"] = torch.stack([distance(*compared(a, b, batch), mask) for a, b in pairs]).mean()
@@ -202,6 +243,27 @@ def parts_of(
         relation = partial(losses.relations, mask=mask, heads=recipe.relation_heads)
         found = [relation(*compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
         parts["relation"] = torch.stack(found).mean()
+    return parts
+
+
+def _general_parts(model: Any, batch: Batch, recipe: Recipe, compute: Compute, teacher: Any) -> dict[str, Tensor]:
+    """Those of DistilBERT's triple loss, each (): of the student's encoder under its teacher's masked-LM head.
+
+    The student's own head has no part in it, and so no gradient.
+    """
+    assert batch.guessed is not None
+    places = batch.guessed >= 0
+    with compute.autocast():
+        own = model.base_model(**batch.inputs).last_hidden_state
+        logits = guess(teacher, own[places])
+    with torch.no_grad(), compute.autocast():
+        target = teacher.base_model(**batch.taught).last_hidden_state
+        wanted = guess(teacher, target[places])
+    parts = dict.fromkeys(PARTS, own.new_zeros((), dtype=torch.float32))
+    count = max(batch.guesses, 1)
+    parts["soft"] = losses.soft_targets(logits.float(), wanted.float(), recipe.temperature).sum() / count
+    parts["mlm"] = losses.hard_labels(logits.float(), batch.guessed[places]).sum() / count
+    parts["hidden"] = losses.hidden_cosine(own.float(), target.float(), batch.inputs["attention_mask"])
     return parts
 
 

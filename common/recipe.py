@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config import Config
+from common.config import Config, DistillKeys
 from common.errors import InputError
 from common.families import head_count
 from common.models import pair_hidden_layers
 from common.slim import Shape
 
-PARTS = ("soft", "hard", "hidden", "cls", "relation", "self", "inner")  # of the loss
+PARTS = ("soft", "hard", "hidden", "cls", "relation", "self", "inner", "mlm")  # of the loss
 DEEP = PARTS[2:5]  # need the teacher itself beside the student
-INSIDE = PARTS[5:]  # teach the students inside it
+INSIDE = PARTS[5:7]  # teach the students inside it
 BY_PLACE = ("hidden", "relation")  # means over real positions
 BY_WINDOW = ("cls",)  # means over windows; the others over examples
+GENERAL = ("soft", "mlm", "hidden")  # the parts of general distillation
 Pairs = tuple[tuple[int, int], ...]  # student's layer, teacher's layer
 
 
@@ -68,10 +69,12 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
     """
     keys, distill = config.client, config.distill
     layers = len(shape.layers), int(teacher.num_hidden_layers)
-    passed = (round_number - 1) / (config.rounds - 1) if config.rounds > 1 else 0.0
-    weights = {part: getattr(distill, f"{part}_weight") for part in PARTS}
+    passed = _passed(round_number, config.rounds)
+    weights = {part: getattr(distill, f"{part}_weight", 0.0) for part in PARTS}  # the task's loss has no "mlm"
     if distill.weighting == "annealed":
-        weights |= {"soft": weights["soft"] * (1.0 - passed), "hard": weights["hard"] + weights["soft"] * passed}
+        first = distill.general_rounds  # the task's rounds come after these
+        over = _passed(max(round_number - first, 1), config.rounds - first)
+        weights |= {"soft": weights["soft"] * (1.0 - over), "hard": weights["hard"] + weights["soft"] * over}
     return Recipe(
         epochs=keys.epochs,
         lr=keys.lr * (1.0 - 0.9 * passed if keys.lr_decay == "linear" else 1.0),
@@ -92,6 +95,17 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
     )
 
 
+def _passed(number: int, rounds: int) -> float:
+    """How much of the rounds, counted from 1, has passed when this one begins: from 0 to 1 for the last."""
+    return (number - 1) / (rounds - 1) if rounds > 1 else 0.0
+
+
+def general_recipe(recipe: Recipe, keys: DistillKeys) -> Recipe:
+    """A round's recipe for general distillation: nothing of the task's loss, and no label read."""
+    weights = {"soft": keys.general_soft_weight, "mlm": keys.general_mlm_weight, "hidden": keys.general_cosine_weight}
+    return replace(recipe, weights={**dict.fromkeys(PARTS, 0.0), **weights}, adaptive=False)
+
+
 def relation_heads(asked: int, shape: Shape, teacher: Any) -> int:
     """How many relation heads both models' widths can be cut into; none asked for: as many as whole heads allow.
 
@@ -100,9 +114,10 @@ def relation_heads(asked: int, shape: Shape, teacher: Any) -> int:
     """
     heads = len(shape.heads[0]), head_count(teacher)
     size = int(teacher.hidden_size) // heads[1]
-    if asked and any(count * size % asked for count in heads):
+    widths = heads[0] * (shape.head_size or size), heads[1] * size
+    if asked and any(width % asked for width in widths):
         raise InputError(
-            f"distill.relation-heads = {asked}: student and teacher have {heads[0]} and {heads[1]} heads of width "
-            f"{size}; give a divisor of {math.gcd(*heads) * size}"
+            f"distill.relation-heads = {asked}: the heads of student and teacher are {widths[0]} and {widths[1]} wide "
+            f"together; give a divisor of {math.gcd(*widths)}"
         )
     return asked or math.gcd(*heads)

@@ -43,6 +43,7 @@ class Shape:
         neurons: of each of them the neurons of the feed-forward network, the most important first.
         pieces: rows of the word embedding.
         rank: width of the word embedding's factors; 0: it is one matrix.
+        head_size: width of an attention head; 0: as its teacher's, of which it was cut.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +51,7 @@ class Shape:
     neurons: Numbers
     pieces: int
     rank: int = 0
+    head_size: int = 0
 
     @classmethod
     def whole(cls, config: Any, layers: tuple[int, ...]) -> "Shape":
@@ -69,7 +71,9 @@ class Shape:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Shape":
         lists = {name: tuple(tuple(map(int, row)) for row in raw[name]) for name in ("heads", "neurons")}
-        return cls(tuple(map(int, raw["layers"])), **lists, pieces=int(raw["pieces"]), rank=int(raw["rank"]))
+        pieces, rank = int(raw["pieces"]), int(raw["rank"])
+        head_size = int(raw.get("head_size", 0))  # students of earlier versions are cut from their teachers
+        return cls(tuple(map(int, raw["layers"])), **lists, pieces=pieces, rank=rank, head_size=head_size)
 
 
 class FactoredEmbedding(nn.Embedding):

@@ -111,6 +111,20 @@ class Tokens:
         spans = [self.starts[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         return [np.flatnonzero(span) for span in spans]
 
+    def take(self, rows: NDArray[np.int64]) -> "Tokens":
+        """These rows alone, in memory."""
+        windows, counts = self.windows(rows)
+        widths = self.widths(windows)
+        offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
+        flat = np.repeat(self.offsets[windows] - offsets[:-1], widths) + np.arange(offsets[-1])
+        first = None if self.first is None else np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Tokens(self.ids[flat], offsets, self.starts[flat], self.second[windows], self.pad, self.typed, first)
+
+    def owners(self) -> NDArray[np.int64]:
+        """(total,) the example of each word piece."""
+        windows, counts = self.windows(np.arange(len(self)))
+        return np.repeat(np.repeat(np.arange(len(self)), counts), self.widths(windows))
+
     def save(self, folder: Path, name: str) -> None:
         for part in PARTS if self.first is None else (*PARTS, WINDOWS):
             np.save(folder / f"{name}.{part}.npy", getattr(self, part))

@@ -21,7 +21,9 @@ from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
 MAX_EXAMPLES = 2**31 - 1  # of one client
-LOSSES = ("loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss")
+LOSSES = (
+    "loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss", "mlm_loss",
+)  # fmt: skip
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -43,6 +45,7 @@ class Instruction:
         dataset: key of the prepared dataset.
         student: key of the prepared student, and the hash of its weights as it was prepared.
         token_budget: padded word pieces per step of training; 0: as the keys say.
+        masked: folder of the masked-LM teacher of general rounds, and the hash of its weights; empty: there are none.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
         host: the machine on which the scoreboard lies; no other looks for it.
@@ -59,6 +62,8 @@ class Instruction:
     student: str
     student_hash: str
     token_budget: int = 0
+    masked: str = ""
+    masked_hash: str = ""
     scoreboard: str = ""
     host: str = ""
 
@@ -87,6 +92,7 @@ class ClientLine:
     relation_loss: float | None = None
     self_loss: float | None = None
     inner_loss: float | None = None
+    mlm_loss: float | None = None
     score: float | None = None
     problem: str = ""
 
@@ -99,8 +105,9 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     told = asdict(instruction)
-    if not instruction.token_budget:
-        del told["token_budget"]
+    for name in ("token_budget", "masked", "masked_hash"):
+        if not told[name]:
+            del told[name]
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
     if student is not None:
         content["student"] = student

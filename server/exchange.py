@@ -329,7 +329,7 @@ class Exchange:
         return self.folder / f".finished-{self.phase.round}-{self.phase.kind}"
 
     def _instruction(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
-        teacher, keys = self.federation.teacher, self.config.flat()
+        teacher, masked, keys = self.federation.teacher, self.federation.masked, self.config.flat()
         if keys["runtime.cache"]:  # a worker need not have been started where we were
             keys["runtime.cache"] = str(cache_folder(self.config.runtime.cache))
         return Instruction(
@@ -344,6 +344,8 @@ class Exchange:
             student=self.federation.pupil.key,
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
+            masked="" if masked is None else str(masked.folder.resolve()),
+            masked_hash="" if masked is None else masked.hash,
             scoreboard=str(self._scoreboard),
             host=socket.gethostname(),
         )

@@ -19,9 +19,11 @@ from common.nested import Tiers
 from common.progress import Progress
 from common.pupil import Pupil, load_exits
 from common.recipe import DEEP
-from common.slim import build
+from common.slim import Shape, build
 from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson
+from server.masked import MaskedTeacher, prepare_masked_teacher
+from server.origin import find_origin
 from server.student import narrowed, prepare_student
 from server.teacher import Teacher, find_teacher
 
@@ -32,6 +34,7 @@ class Federation:
 
     Attributes:
         pupil: the student as it starts; the server scores and saves with its module.
+        masked: the teacher of general rounds, where there are some.
         tiers: it and the smaller ones inside it.
         tier_of: (clients,) the tier that each client holds.
     """
@@ -39,6 +42,7 @@ class Federation:
     config: Config
     lesson: Lesson
     pupil: Pupil
+    masked: MaskedTeacher | None = None
     tiers: Tiers = field(init=False)
     tier_of: NDArray[np.int64] = field(init=False)
 
@@ -49,7 +53,10 @@ class Federation:
     def take(self, pupil: Pupil) -> None:
         """Go on with this student, where models run."""
         pupil.model.to(self.compute.device)
-        self.pupil, self.tiers = pupil, Tiers(self.config, pupil.model, pupil.shape)
+        self.pupil, self.tiers = pupil, self._tiers(pupil.model, pupil.shape)
+
+    def _tiers(self, student: Any, shape: Shape) -> Tiers:
+        return Tiers(self.config, student, shape, int(self.lesson.model.config.hidden_size))
 
     @property
     def data(self) -> FederatedDataset:
@@ -87,7 +94,7 @@ class Federation:
 
     def final_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the arrays that are trained then."""
-        return Tiers(self.config, self.final_student(), narrowed(self.config, self.pupil.shape)).shapes
+        return self._tiers(self.final_student(), narrowed(self.config, self.pupil.shape)).shapes
 
 
 def prepare(config: Config, progress: Progress) -> Federation:
@@ -97,15 +104,17 @@ def prepare(config: Config, progress: Progress) -> Federation:
         InputError: a key, a file or the combination of both is wrong.
     """
     source = find_teacher(config.teacher.model)
-    layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
+    origin = find_origin(config) or source
+    layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
     for key in ("hidden-layers", "relation-layers"):
         pairs = getattr(config.distill, key.replace("-", "_"))
         pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers), key)
     check_windows(config)
+    masked = prepare_masked_teacher(source) if config.distill.general_rounds else None
     lesson = prepare_lesson(config, source, progress)
     pupil = prepare_student(config, lesson, progress)
     lesson.model.to("cpu")
-    return Federation(config, lesson, pupil)
+    return Federation(config, lesson, pupil, masked)
 
 
 def mentor_layers(config: Config, have: int) -> int:
@@ -125,7 +134,7 @@ def mentor_layers(config: Config, have: int) -> int:
 def check_windows(config: Config) -> None:
     """Raise `InputError` where inner states of windows would be compared that hold other parts of a text."""
     weights = [f"{part}-weight" for part in DEEP if getattr(config.distill, f"{part}_weight") > 0]
-    trimmed = [key for key in ("vocabulary", "target-ratio") if getattr(config.student, key.replace("-", "_"))]
+    trimmed = [key for key in ("vocabulary", "target-ratio", "model") if getattr(config.student, key.replace("-", "_"))]
     if config.data.windows > 1 and weights and trimmed:
         raise InputError(
             f"data.windows = {config.data.windows}: with student.{trimmed[0]} the student may cut a text into other "

@@ -18,7 +18,7 @@ from common.cost import Cost, Size, Work, predict_cost, size_of
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
 from common.errors import InputError
-from common.models import choose_layers
+from common.models import choose_layers, count_parameters
 from common.recipe import make_recipe
 from common.slim import Shape, build
 from common.tasks import GLUE
@@ -91,6 +91,12 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
             f"server.strategy = {config.server.strategy!r}: its clients keep a model of their own, whose costs are not "
             "predicted; give a strategy whose clients send their student's update"
         )
+    for key, found in (
+        (f"student.model = {config.student.model!r}", config.student.model),
+        (f"distill.general-rounds = {config.distill.general_rounds}", config.distill.general_rounds),
+    ):
+        if found:
+            raise InputError(f"{key}: what it costs a device is not predicted; leave it out here")
     teacher = teacher_config(config, source)
     layers = choose_layers(config.student.layer_selection, config.student.layers, source.layers)
     top = run_shape(config, source, teacher, layers)
@@ -125,7 +131,8 @@ def run_shape(config: Config, source: TeacherSource, teacher: Any, layers: tuple
     elif keys.target_ratio:
         with torch.device("meta"):
             model = build(teacher, Shape.whole(teacher, tuple(range(source.layers))))
-        pieces = fitting_pieces(config, model, layers, fewest_pieces(load_tokenizer(source.folder))) or pieces
+        fewest = fewest_pieces(load_tokenizer(source.folder))
+        pieces = fitting_pieces(config, model, layers, fewest, count_parameters(model)) or pieces
     shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
     check_width(config, shape, teacher)
     make_recipe(config, 1, narrowed(config, shape), teacher, regression=False)  # whether its losses can train it

@@ -297,6 +297,8 @@ class FederatedDistillation(Strategy):
             "device": self.federation.compute.name,
             "runtime": runtime_fingerprint(teacher.folder, self.config.runtime.threads),
         }
+        if self.federation.masked is not None:
+            found["masked-LM teacher"] = self.federation.masked.hash
         if self.config.server.strategy in PUBLIC:  # a server that trains uses threads of its own
             found["threads"] = torch.get_num_threads()
         return found

@@ -30,6 +30,7 @@ from common.store import build_folder, cache_folder
 from common.tokens import tokenize
 from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.lesson import Lesson
+from server.origin import Origin, open_origin
 from server.tiered import check_tiers
 from server.warm_start import warm_key, warm_up, warms
 
@@ -60,32 +61,37 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
     Raises:
         InputError: a key asks for more than the teacher has.
     """
-    teacher, model = lesson.teacher, lesson.model
-    keys = config.student
-    if config.distill.cls_weight > 0 and family_of(model).reads_last:
+    keys, origin = config.student, open_origin(config, lesson)
+    model, teacher = origin.model, lesson.model.config
+    if config.distill.cls_weight > 0 and family_of(lesson.model).reads_last:
         raise InputError(
             f"distill.cls-weight = {config.distill.cls_weight}: this teacher reads from left to right, so that a "
             "text's first piece knows nothing of the others; give 0, or distill.hidden-weight"
         )
     layers = choose_layers(keys.layer_selection, keys.layers, model.config.num_hidden_layers)
-    tokenizer = load_tokenizer(teacher.folder)
-    pieces = _pieces(config, lesson, tokenizer, layers)
+    tokenizer = load_tokenizer(origin.folder)
+    pieces = _pieces(config, lesson, origin, layers)
     shape = replace(
-        Shape.whole(model.config, layers), pieces=len(pieces) or model.config.vocab_size, rank=keys.embedding_rank
+        Shape.whole(model.config, layers),
+        pieces=len(pieces) or model.config.vocab_size,
+        rank=keys.embedding_rank,
+        head_size=origin.head_size,
     )
-    check_width(config, shape, model.config)
-    check_tiers(config, narrowed(config, shape), model.config, lesson.data)
+    check_width(config, shape, model.config, origin.name)
+    relation_heads(config.distill.relation_heads, narrowed(config, shape), teacher)
+    check_tiers(config, narrowed(config, shape), teacher, lesson.data)
 
     def cut(folder: Path) -> Any:
         torch.manual_seed(seed_for(config.seed, "student"))
         if pieces:
-            save_trimmed(teacher.folder, pieces, folder)
+            save_trimmed(origin.folder, pieces, folder)
         else:
             tokenizer.save_pretrained(folder)
         return cut_student(model, shape, pieces=pieces, dropout=keys.dropout, random=keys.layer_selection == "random")
 
-    depends = {"pieces": pieces, "random": keys.layer_selection == "random"}
-    return _made(config, lesson, progress, Plan(shape, depends, cut, bool(pieces), not keys.narrows))
+    depends = {"pieces": pieces, "random": keys.layer_selection == "random", "origin": origin.key}
+    own_pieces = bool(pieces) or origin.own_pieces
+    return _made(config, lesson, progress, Plan(shape, depends, cut, own_pieces, not keys.narrows))
 
 
 def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, progress: Progress) -> Pupil:
@@ -114,17 +120,20 @@ def random_width(config: Config, shape: Shape) -> Width:
     return choose_width(config, *(rng.random((len(part), len(part[0]))) for part in (shape.heads, shape.neurons)))
 
 
-def check_width(config: Config, shape: Shape, teacher: Any) -> None:
-    """Raise `InputError` unless the student is no larger than its teacher in any direction."""
+def check_width(config: Config, shape: Shape, whole: Any, name_of_whole: str = "the teacher") -> None:
+    """Raise `InputError` unless the student is no larger in any direction than the model that it is cut from.
+
+    Args:
+        whole: that one's configuration.
+    """
     keys = config.student
     for name, asked, most in (
-        ("heads", keys.heads, head_count(teacher)),
-        ("neurons", keys.neurons, neuron_count(teacher)),
-        ("embedding-rank", keys.embedding_rank, min(embedding_width(teacher), shape.pieces)),
+        ("heads", keys.heads, head_count(whole)),
+        ("neurons", keys.neurons, neuron_count(whole)),
+        ("embedding-rank", keys.embedding_rank, min(embedding_width(whole), shape.pieces)),
     ):
         if asked > most:
-            raise InputError(f"student.{name} = {asked}: the teacher has {most}; give at most that, or 0 for all")
-    relation_heads(config.distill.relation_heads, narrowed(config, shape), teacher)
+            raise InputError(f"student.{name} = {asked}: {name_of_whole} has {most}; give at most that, or 0 for all")
 
 
 def narrowed(config: Config, shape: Shape) -> Shape:
@@ -139,53 +148,53 @@ def _best(importance: NDArray[np.float64], keep: int) -> Numbers:
     return tuple(tuple(row[: keep or None].tolist()) for row in order)
 
 
-def _pieces(config: Config, lesson: Lesson, tokenizer: Any, layers: tuple[int, ...]) -> list[int]:
-    """The teacher's numbers of the student's pieces; none: all of them."""
-    data, model = lesson.data, lesson.model
-    keys = config.student
-    keep = keys.vocabulary or (
-        fitting_pieces(config, model, layers, fewest_pieces(tokenizer)) if keys.target_ratio else 0
-    )
+def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, ...]) -> list[int]:
+    """The numbers that the student's pieces have in what it is cut from; none: all of them."""
+    model, tokenizer, keys = origin.model, load_tokenizer(origin.folder), config.student
+    keep = keys.vocabulary
+    if keys.target_ratio:
+        keep = fitting_pieces(config, model, layers, fewest_pieces(tokenizer), count_parameters(lesson.model))
     if not keep:
         return []
-    counts = np.bincount(data.train.tokens.pieces(np.asarray(data.public)), minlength=model.config.vocab_size)
+    counts = np.bincount(origin.tokens.pieces(np.asarray(lesson.data.public)), minlength=model.config.vocab_size)
     if lesson.text:
-        more = tokenize((list(lesson.text),), tokenizer, data.max_length, lambda done: None)
+        more = tokenize((list(lesson.text),), tokenizer, lesson.data.max_length, lambda done: None)
         counts += np.bincount(more.ids, minlength=len(counts))
     return choose_pieces(tokenizer, counts, keep)
 
 
-def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int) -> int:
+def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int, teacher: int) -> int:
     """How many pieces bring the student to its share of the teacher's parameters; 0: all.
 
     Args:
-        model: the teacher; its weights are not read, so it may be on the meta device.
+        model: what the student is cut from; its weights are not read, so it may be on the meta device.
         fewest: pieces that must be kept.
+        teacher: how many parameters the teacher has.
 
     Raises:
         InputError: fewer than these would be left, or all are too few.
     """
-    keys, teacher = config.student, model.config
-    base = narrowed(config, Shape.whole(teacher, layers))
-    plan = type(teacher).from_dict({**teacher.to_dict(), "num_hidden_layers": len(layers)})
+    keys, whole = config.student, model.config
+    base = narrowed(config, Shape.whole(whole, layers))
+    plan = type(whole).from_dict({**whole.to_dict(), "num_hidden_layers": len(layers)})
     with torch.device("meta"):
         width = keys.embedding_rank or int(model.get_input_embeddings().embedding_dim)
-        rest = count_parameters(build(plan, replace(base, rank=keys.embedding_rank))) - teacher.vocab_size * width
-    target = keys.target_ratio * count_parameters(model)
-    keep = min(int((target - rest) // width), teacher.vocab_size)
+        rest = count_parameters(build(plan, replace(base, rank=keys.embedding_rank))) - whole.vocab_size * width
+    target = keys.target_ratio * teacher
+    keep = min(int((target - rest) // width), whole.vocab_size)
     if keep < fewest:
-        least = (rest + fewest * width) / count_parameters(model)
+        least = (rest + fewest * width) / teacher
         raise InputError(
             f"student.target-ratio = {keys.target_ratio}: this student has {least:.3f} of the teacher's parameters at "
             "least; give fewer student.layers, heads or neurons, or a student.embedding-rank"
         )
-    most = (rest + teacher.vocab_size * width) / count_parameters(model)
+    most = (rest + whole.vocab_size * width) / teacher
     if keys.target_ratio > most + 0.001:
         raise InputError(
             f"student.target-ratio = {keys.target_ratio}: with all word pieces this student has {most:.3f} of the "
             "teacher's parameters; give at most that, or more student.layers, heads or neurons"
         )
-    return 0 if keep == teacher.vocab_size else keep
+    return 0 if keep == whole.vocab_size else keep
 
 
 def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:

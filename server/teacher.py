@@ -73,15 +73,15 @@ class Teacher:
     fine_tuned_on: int
 
 
-def find_teacher(model: str) -> TeacherSource:
-    """Locate ``teacher.model`` and check it without loading its weights.
+def find_teacher(model: str, key: str = "teacher.model") -> TeacherSource:
+    """Locate ``teacher.model``, or what another key names, and check it without loading its weights.
 
     Raises:
         InputError: no such folder, no safetensors in it, a family that cannot be cut, or the hub is needed
             and out of reach.
     """
-    folder = _locate(model)
-    where = f"teacher.model = {model!r}"
+    folder = _locate(model, key)
+    where = f"{key} = {model!r}"
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: no config.json in {folder}; give a folder saved by save_pretrained")
     files = sorted(folder.glob("*.safetensors"))
@@ -118,33 +118,38 @@ def _check_padding(folder: Path, config: Any, where: str) -> None:
         )
 
 
-def check_length(source: TeacherSource, max_length: int) -> None:
-    """Raise `InputError` when examples could be longer than the teacher can take."""
+def check_length(source: TeacherSource, max_length: int, who: str = "the teacher") -> None:
+    """Raise `InputError` when examples could be longer than the teacher, or another model, can take."""
     if max_length > source.positions:
-        raise InputError(f"data.max-length = {max_length}: the teacher takes {source.positions} word pieces at most")
+        raise InputError(f"data.max-length = {max_length}: {who} takes {source.positions} word pieces at most")
 
 
 def check_head(source: TeacherSource, task: Task, public: int) -> None:
     """Raise `InputError` when the teacher neither fits the task nor can be made to."""
-    if source.head and source.head != task.num_labels:
-        raise InputError(
-            f"teacher.model: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
-            "model fine-tuned for the task, or a bare encoder"
-        )
-    if source.head and source.multi_label != task.multi_label:
-        raise InputError(
-            f"data.multi-label = {str(task.multi_label).lower()}: the problem_type in config.json of teacher.model is "
-            f"{'' if source.multi_label else 'not '}{MULTI_LABEL}; give a teacher of the same kind, or a bare encoder"
-        )
-    if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
-        raise InputError(
-            f"teacher.model: its labels are in the order {', '.join(source.labels)}; task = {task.name} has "
-            f"{', '.join(task.labels)}; reorder the rows of its head and id2label"
-        )
+    check_labels(source, task)
     if not source.head and not public:
         raise InputError(
             "data.public-fraction: no public example is left to fine-tune the bare encoder on; give more, or a "
             "teacher.model already fine-tuned for the task"
+        )
+
+
+def check_labels(source: TeacherSource, task: Task, key: str = "teacher.model") -> None:
+    """Raise `InputError` when a model has a head for other labels than the task's; ``key``: what named it."""
+    if source.head and source.head != task.num_labels:
+        raise InputError(
+            f"{key}: its head has {source.head} labels, task = {task.name} has {task.num_labels}; give a "
+            "model fine-tuned for the task, or a bare encoder"
+        )
+    if source.head and source.multi_label != task.multi_label:
+        raise InputError(
+            f"data.multi-label = {str(task.multi_label).lower()}: the problem_type in config.json of {key} is "
+            f"{'' if source.multi_label else 'not '}{MULTI_LABEL}; give a model of the same kind, or a bare encoder"
+        )
+    if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
+        raise InputError(
+            f"{key}: its labels are in the order {', '.join(source.labels)}; task = {task.name} has "
+            f"{', '.join(task.labels)}; reorder the rows of its head and id2label"
         )
 
 
@@ -198,7 +203,7 @@ def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index,
     keys, task = config.teacher, data.task
     compute = choose_compute(config.runtime.device, config.client.precision)
     torch.manual_seed(seed_for(config.seed, "teacher"))
-    model = load_teacher(folder, complete=False, **_head_of(task)).to(compute.device).requires_grad_(True)
+    model = load_teacher(folder, complete=False, **head_of(task)).to(compute.device).requires_grad_(True)
     set_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=keys.lr, weight_decay=0.01, fused=True)
     lengths = data.train.tokens.lengths(rows)
@@ -250,7 +255,8 @@ def _content(data: FederatedDataset, rows: Index) -> str:
     return digest.hexdigest()
 
 
-def _head_of(task: Task) -> Mapping[str, Any]:
+def head_of(task: Task) -> Mapping[str, Any]:
+    """What a configuration says of a head for the task."""
     if task.regression:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -261,7 +267,7 @@ def _head_of(task: Task) -> Mapping[str, Any]:
     }
 
 
-def _locate(model: str) -> Path:
+def _locate(model: str, key: str) -> Path:
     if model == "minilm":
         spec = find_spec(MINILM_PACKAGE)
         if spec is not None and spec.origin is not None:
@@ -270,7 +276,7 @@ def _locate(model: str) -> Path:
             if weights.is_file() and hash_file(weights) == MINILM_SHA256:
                 return folder
         try:
-            return fetch_folder(MINILM_HUB, "model", MODEL_FILES, "teacher.model")
+            return fetch_folder(MINILM_HUB, "model", MODEL_FILES, key)
         except InputError as error:
             raise InputError(f"{error}; or install the packaged copy: pip install 'fedistill[demo]'") from None
     folder = Path(model).expanduser()
@@ -278,8 +284,8 @@ def _locate(model: str) -> Path:
         return folder
     # a hub id is NAME or OWNER/NAME; anything else was meant as a path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", model) or model.count("/") > 1:
-        raise InputError(f"teacher.model = {model!r}: no such folder")
-    return fetch_folder(model, "model", MODEL_FILES, "teacher.model")
+        raise InputError(f"{key} = {model!r}: no such folder")
+    return fetch_folder(model, "model", MODEL_FILES, key)
 
 
 def _has_head(files: list[Path], classifier: str, where: str) -> bool:

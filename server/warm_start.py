@@ -29,7 +29,7 @@ from common.tokens import Tokens, tokenize
 from server.lesson import Lesson
 
 WARM = (0, -1)  # round and client of the warm start: what its random choices come from
-GENERAL = (0, -2)
+WARM_GENERAL = (0, -2)
 
 
 def warms(config: Config, lesson: Lesson, *, final: bool) -> bool:
@@ -67,13 +67,13 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
         final: whether the student has its last heads and neurons: see `warms`.
 
     Returns:
-        The exits of the smaller students inside it, which learn with it.
+        What learns with it: the exits of the smaller students inside it, or a projection.
     """
     data, compute, keys = lesson.data, lesson.compute, config.student
     if not final:
         config = config.model_copy(update={"student": keys.model_copy(update={"tiers": ""})})
     lesson.model.to(compute.device)
-    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape)
+    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape, int(lesson.model.config.hidden_size))
     whole = len(tiers) - 1
     student = tiers.student(whole)
     weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
@@ -82,7 +82,7 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
     if final and keys.general_epochs:
         general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
-        passes.append(("public texts", _all_public_text(lesson, pupil, progress), general, GENERAL))
+        passes.append(("public texts", _all_public_text(lesson, pupil, progress), general, WARM_GENERAL))
     if keys.warm_epochs:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
         if not labelled(data.train.labels[examples.rows]).all():

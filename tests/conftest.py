@@ -59,23 +59,13 @@ def make_tokenizer(folder: Path, family: str = "bert") -> None:
     kinds[family].from_pretrained(folder).save_pretrained(folder)
 
 
-def make_teacher(folder: Path, family: str = "bert", labels: int = 2, layers: int = 4, seed: int = 0) -> Path:
-    """A tiny random classifier with its tokenizer: 16 wide, `layers` layers; labels 0 leaves the head out."""
+def make_teacher(
+    folder: Path, family: str = "bert", labels: int = 2, layers: int = 4, seed: int = 0, *, width: int = 16
+) -> Path:
+    """A tiny random classifier with its tokenizer; labels 0 leaves the head out."""
     import transformers as hf
 
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(folder, family)
-    vocab = len(hf.AutoTokenizer.from_pretrained(folder))
-    small: dict[str, Any] = {"vocab_size": vocab, "max_position_embeddings": 66, "num_labels": labels or 2}
-    usual = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
-    config = {
-        "bert": lambda: hf.BertConfig(**small, **usual),
-        "roberta": lambda: hf.RobertaConfig(**{**small, "max_position_embeddings": 68}, **usual, type_vocab_size=1),
-        "electra": lambda: hf.ElectraConfig(**small, **usual, embedding_size=8),
-        "distilbert": lambda: hf.DistilBertConfig(**small, dim=16, n_layers=layers, n_heads=2, hidden_dim=32),
-        "gpt2": lambda: hf.GPT2Config(**small, n_embd=16, n_layer=layers, n_head=2, pad_token_id=1, bos_token_id=0,
-                                      eos_token_id=0),
-    }[family]()  # fmt: skip
+    config = _small_config(folder, family, labels, layers, width)
     torch.manual_seed(seed)
     if labels:
         model = hf.AutoModelForSequenceClassification.from_config(config)
@@ -87,6 +77,42 @@ def make_teacher(folder: Path, family: str = "bert", labels: int = 2, layers: in
         model = hf.AutoModel.from_config(config)
     model.save_pretrained(folder)
     return folder
+
+
+def make_masked_teacher(folder: Path, family: str = "bert", layers: int = 4, seed: int = 0) -> Path:
+    """The same as a masked LM: an encoder without the task's head, whose guesses differ between places."""
+    import transformers as hf
+
+    config = _small_config(folder, family, 0, layers)
+    torch.manual_seed(seed)
+    model = hf.AutoModelForMaskedLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(10.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _small_config(folder: Path, family: str, labels: int, layers: int, width: int = 16) -> Any:
+    """The configuration of a tiny model whose tokenizer is made in the folder."""
+    import transformers as hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder, family)
+    vocab = len(hf.AutoTokenizer.from_pretrained(folder))
+    small: dict[str, Any] = {"vocab_size": vocab, "max_position_embeddings": 66, "num_labels": labels or 2}
+    usual = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    usual |= {"intermediate_size": 2 * width}
+    configs: dict[str, Any] = {
+        "bert": lambda: hf.BertConfig(**small, **usual),
+        "roberta": lambda: hf.RobertaConfig(**{**small, "max_position_embeddings": 68}, **usual, type_vocab_size=1),
+        "electra": lambda: hf.ElectraConfig(**small, **usual, embedding_size=8),
+        "distilbert": lambda: hf.DistilBertConfig(**small, dim=width, n_layers=layers, n_heads=2, hidden_dim=2 * width),
+        "gpt2": lambda: hf.GPT2Config(**small, n_embd=width, n_layer=layers, n_head=2, pad_token_id=1, bos_token_id=0,
+                                      eos_token_id=0),
+    }  # fmt: skip
+    return configs[family]()
 
 
 def make_student(teacher: Any, layers: tuple[int, ...], **given: Any) -> Any:

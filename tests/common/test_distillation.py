@@ -570,7 +570,9 @@ def test_relation_heads_are_as_many_as_whole_heads_of_both_allow_unless_asked_fo
 @pytest.mark.parametrize(("kept", "asked", "divisor"), [(6, 5, 24), (4, 3, 8), (4, 16, 8), (5, 8, 4)])
 def test_relation_heads_that_do_not_divide_both_widths_are_refused(kept, asked, divisor):
     shape = replace(SHAPE, heads=(tuple(range(kept)),) * 3)
-    message = f"distill.relation-heads = {asked}: student and teacher have {kept} and 6 heads of width 4; "
+    message = (
+        f"distill.relation-heads = {asked}: the heads of student and teacher are {4 * kept} and 24 wide together; "
+    )
     with pytest.raises(InputError, match=f"^{message}give a divisor of {divisor}$"):
         relation_heads(asked, shape, TEACHER)
 

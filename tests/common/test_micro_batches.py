@@ -25,8 +25,8 @@ RECIPE = Recipe(
     weights=NOTHING | {"soft": 0.7, "hard": 0.3}, adaptive=False, hidden_loss="cosine",
     hidden_pairs=((0, 1), (1, 3)), relation_pairs=((1, 3),), relation_heads=2, regression=False,
 )  # fmt: skip
-EVERY = {"soft": 0.7, "hard": 0.3, "hidden": 1.5, "cls": 0.8, "relation": 1.2, "self": 0.0, "inner": 0.0}
-ALONE = PARTS[:-2]  # "self" and "inner" need students inside the student: see test_nested.py
+EVERY = {"soft": 0.7, "hard": 0.3, "hidden": 1.5, "cls": 0.8, "relation": 1.2, "self": 0.0, "inner": 0.0, "mlm": 0.0}
+ALONE = PARTS[:5]  # the others need students inside, or masks: see test_nested.py and test_masking.py
 
 
 class Scene:
@@ -176,11 +176,11 @@ def test_means_over_positions_weigh_by_positions_and_means_over_examples_by_exam
 
     short, long = int(scene.lengths[places[0]]), int(scene.lengths[places[1:]].sum())
     assert short * 3 != long
-    one, three = losses(places[:1])[1:-2], losses(places[1:])[1:-2]
+    one, three = losses(places[:1])[1:6], losses(places[1:])[1:6]
     shares = [1 / 4, 1 / 4, short / (short + long), 1 / 4, short / (short + long)]
     expected = [share * a + (1 - share) * b for share, a, b in zip(shares, one, three, strict=True)]
     together = losses(places[:1], places[1:])
-    assert together[1:-2] == pytest.approx(expected, rel=1e-6)
+    assert together[1:6] == pytest.approx(expected, rel=1e-6)
     assert together[0] == pytest.approx(sum(EVERY[name] * part for name, part in zip(ALONE, expected, strict=True)))
     assert losses(places) == pytest.approx(together, rel=1e-5)
 

@@ -12,7 +12,7 @@ from common.families import FAMILIES
 from common.models import count_parameters, load_teacher
 from common.nested import Tiers
 from common.objective import Batch
-from common.recipe import make_recipe
+from common.recipe import PARTS, make_recipe
 from common.slim import Shape, cut_student, narrow, widen
 from tests.conftest import FP32, make_teacher
 
@@ -171,7 +171,7 @@ def test_training_a_small_student_moves_its_own_part_alone(tiny_teacher):
 def test_what_only_a_smaller_student_uses_learns_from_its_teacher_inside(tiny_teacher):
     """With no other loss the gradient reaches the beginnings that the smaller students hold, and nothing else."""
     config, teacher, tiers = tiers_of(tiny_teacher)
-    nothing = dict.fromkeys(("soft", "hard", "hidden", "cls", "relation", "inner"), 0.0) | {"self": 1.0}
+    nothing = dict.fromkeys(PARTS, 0.0) | {"self": 1.0}
     state = trained_once(config, tiers, teacher, 2, randomised(tiers), weights=nothing)
     grads = {name: parameter.grad for name, parameter in state.trained.items()}
     assert not any(grads[name].any() for name in grads if name.startswith(("classifier", "bert.encoder.layer.2.")))
@@ -196,7 +196,7 @@ def test_the_loss_inside_is_that_of_the_formula(tiny_teacher):
         p, q = torch.softmax(whole / 3.0, -1), torch.softmax(logits / 3.0, -1)
         wanted += float((p * (p / q).log()).sum(-1).mean() * 9.0)
     state = trained_once(config, tiers, teacher, 2, shared)
-    loss, soft, hard, *_, inside, _ = (state.totals / state.seen).tolist()
+    loss, soft, hard, *_, inside, _, _ = (state.totals / state.seen).tolist()
     assert inside == pytest.approx(wanted, rel=1e-4)
     assert loss == pytest.approx(0.7 * soft + 0.3 * hard + 0.5 * inside, rel=1e-6)
 
@@ -212,7 +212,7 @@ def test_the_students_inside_learn_from_the_teacher_and_the_labels_too(tiny_teac
         hard = float(-torch.log_softmax(logits, -1)[torch.arange(len(one.hard)), one.hard].mean())
         wanted += 0.7 * soft + 0.3 * hard
     state = trained_once(config, tiers, teacher, 2, shared)
-    loss, soft, hard, *_, inside = (state.totals / state.seen).tolist()
+    loss, soft, hard, *_, inside, _ = (state.totals / state.seen).tolist()
     assert inside == pytest.approx(wanted, rel=1e-4)
     assert loss == pytest.approx(0.7 * soft + 0.3 * hard + 0.25 * inside, rel=1e-6)
 

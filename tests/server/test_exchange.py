@@ -158,6 +158,7 @@ class Run:
             config=config,
             data=SimpleNamespace(train_sizes=sizes, eligible=np.array(clients), key="d" * 32),
             teacher=SimpleNamespace(folder=folder, hash="h" * 64),
+            masked=None,
             tiers=SimpleNamespace(shapes={}),
             tier_of=np.zeros(len(sizes), dtype=np.int64),
             pupil=SimpleNamespace(key="s" * 32, hash="p" * 64),

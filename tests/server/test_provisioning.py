@@ -69,6 +69,14 @@ def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):
     assert [refusal.candidate for refusal in choice.refused] == larger
 
 
+@pytest.mark.parametrize("keys", [{"student__model": "small"}, {"distill__general_rounds": 1}], ids=str)
+def test_costs_that_are_not_predicted_are_named(tiny_teacher, keys):
+    with pytest.raises(
+        InputError, match=r"^(student.model|distill.general-rounds) = .*: what it costs a device is not"
+    ):
+        lattice_of(tiny_teacher, **keys)
+
+
 @pytest.mark.parametrize("strategy", ["fedmd", "ds-fl", "fedkd"])
 def test_costs_of_clients_with_models_of_their_own_are_not_told(tiny_teacher, strategy):
     with pytest.raises(InputError, match=rf"server.strategy = '{strategy}'"):
