@@ -22,7 +22,7 @@ from clients.evaluation import held_out_statistics
 from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
 from common.compression import Wire, compress, wire_for
-from common.config import AUTO_BUDGET, Config
+from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
 from common.distillation import Room
@@ -30,6 +30,7 @@ from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
 from common.inference import predict
+from common.keys import AUTO_BUDGET
 from common.metrics import statistics_length
 from common.models import load_teacher
 from common.nested import Tiers

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from common.config import ServerKeys
 from common.fixed_point import NotFinite
+from common.keys import ServerKeys
 
 Kind = Literal["fp32", "fp16", "int8", "topk", "svd"]
 Parts = dict[str, NDArray[Any]]

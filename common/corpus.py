@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config, DataKeys
+from common.config import Config
 from common.errors import InputError
 from common.files import Columns, read_columns, read_public
 from common.hub import fetch_folder
+from common.keys import DataKeys
 from common.seeding import generator
 from common.tasks import GLUE, TOY, Task, text_task
 from common.toy import toy_corpus

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DataKeys
 from common.corpus import Table
 from common.errors import InputError
+from common.keys import DataKeys
 from common.seeding import generator, seed_for
 
 Index = NDArray[np.int64]

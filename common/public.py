@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import ServerKeys
+from common.keys import ServerKeys
 from common.partition import Index
 from common.recipe import INSIDE, PARTS, Recipe
 from common.seeding import generator

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config import Config, DistillKeys
+from common.config import Config
 from common.errors import InputError
 from common.families import head_count
+from common.keys import DistillKeys
 from common.models import pair_hidden_layers
 from common.slim import Shape
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.compression import Wire, decompress
-from common.config import ROBUST, ServerKeys
 from common.fixed_point import SCALE, ExactSum, mean
+from common.keys import ROBUST, ServerKeys
 from common.noise import SQUARES_SHAPE, squares_of
 from common.wire import (
     ClientLine,

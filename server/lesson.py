@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import PUBLIC, Config
+from common.config import Config
 from common.dataset import FederatedDataset, prepare_dataset
 from common.device import Compute, choose_compute
 from common.errors import InputError
+from common.keys import PUBLIC
 from common.models import load_teacher
 from common.progress import Progress
 from common.public_text import load_public_text

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import KEEPING, Config
+from common.config import Config
 from common.cost import Cost, Size, Work, predict_cost, size_of
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
 from common.errors import InputError
+from common.keys import KEEPING
 from common.models import choose_layers, count_parameters
 from common.recipe import make_recipe
 from common.slim import Shape, build

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import ServerKeys
 from common.errors import InputError
+from common.keys import ServerKeys
 
 Updates = Sequence[Mapping[str, NDArray[np.float32]]]  # ordered by client id
 RobustRule = Callable[[Updates, ServerKeys], dict[str, NDArray[np.float64]]]

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import ServerKeys
+from common.keys import ServerKeys
 
 Arrays = dict[str, NDArray[np.float64]]
 Weights = Mapping[str, NDArray[np.float32]]

@@ -17,10 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.config import KEEPING, PUBLIC
 from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
+from common.keys import KEEPING, PUBLIC
 from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress

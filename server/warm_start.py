@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import AUTO_BUDGET, Config
+from common.config import Config
 from common.corpus import labelled
 from common.dataset import Split, load_tokenizer
 from common.distillation import learn, learnt
 from common.hashing import hash_json
 from common.inference import predict
+from common.keys import AUTO_BUDGET
 from common.nested import Tiers
 from common.objective import Examples
 from common.probe import find_room

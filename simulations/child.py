@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import tomli_w
 
-from common.config import Scalar
 from common.errors import Interrupted
+from common.keys import Scalar
 
 PATIENCE = 30.0  # seconds that a stopped run may take to write its summary
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, Scalar, from_flat, read_settings, read_toml
+from common.config import Config, from_flat, read_settings, read_toml
 from common.errors import InputError
+from common.keys import Scalar
 from common.tasks import GLUE
 
 ALONE = "run"  # the arm of a file that names none

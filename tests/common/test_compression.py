@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.compression import Wire, compress, decompress, size, wire_for
-from common.config import ServerKeys
 from common.fixed_point import NotFinite
+from common.keys import ServerKeys
 
 KINDS = ("fp32", "fp16", "int8", "topk", "svd")
 MINILM = {"attention": (384, 384), "feed-forward": (1536, 384), "bias": (384,)}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.config import DataKeys
 from common.corpus import Table
 from common.errors import InputError
+from common.keys import DataKeys
 from common.partition import cut_clients, cut_groups, cut_holdout, text_groups
 from common.seeding import generator, seed_for
 

@@ -12,8 +12,9 @@ import safetensors.numpy
 import torch
 
 from common.compression import Kind
-from common.config import ROBUST, load_config
+from common.config import load_config
 from common.errors import InputError
+from common.keys import ROBUST
 from common.progress import Silent
 from server.checkpoint import checkpoint_folder
 from server.preparation import prepare
