@@ -20,13 +20,13 @@ from common.models import freeze_embeddings, load_teacher
 from common.objective import Examples
 from common.progress import Silent
 from common.tokens import tokenize
-from common.wire import ClientLine, Instruction, own_update, pack_reply
+from common.wire import ClientLine, own_update, pack_reply
 from server.intake import intake_for
 from server.preparation import prepare
+from tests.clients.kept import CLIENTS, asked, nobody, worker_of
 from tests.conftest import FP32, make_reviews, make_sentences, make_student, make_teacher
 from tests.scene import RECIPE, weighing
 
-CLIENTS = (0, 2)
 SOFT, HARD, TEMPERATURE = 0.7, 0.3, 2.0
 
 
@@ -43,27 +43,6 @@ def federation_of(tmp_path_factory, tiny_teacher):
         return prepare(from_flat({**flat, **keys}), Silent())
 
     return make
-
-
-@pytest.fixture
-def run():
-    """A run of its own for each test."""
-    return np.random.default_rng().bytes(8).hex()
-
-
-def worker_of(federation):
-    return MutualWorker(
-        federation.config, teacher=str(federation.teacher.folder), teacher_hash=federation.teacher.hash,
-        dataset=federation.data.key, student=federation.pupil.key, student_hash=federation.pupil.hash,
-    )  # fmt: skip
-
-
-def asked(run, number, bases, clients=CLIENTS):
-    return Instruction(run, number, "", tuple(clients), tuple(bases), "", "", "", "", "")
-
-
-def nobody(count):
-    return None
 
 
 def mentor_on_disk(worker, run, client, number):
@@ -100,7 +79,7 @@ def test_the_adaptive_weight_is_one_over_both_task_losses():
 def test_both_take_the_step_of_a_bare_loop(federation_of, hidden):
     """One batch, one epoch; weights of the mutual terms by hand from both models' logits."""
     federation = federation_of(**{"distill.hidden-weight": hidden, "client.mentor-layers": 3})
-    worker = worker_of(federation)
+    worker = worker_of(MutualWorker, federation)
     data, examples = worker.data.train, worker._examples(0)
     models = [copy.deepcopy(student.model).eval() for student in (worker.students[0], worker.mentor)]
     starts = [
@@ -231,7 +210,7 @@ def test_two_clients_updates_of_singular_values_2_and_1_by_hand(number, expected
 
 
 def test_a_clients_mentor_goes_on_from_the_round_that_the_server_names(federation_of, run):
-    worker = worker_of(federation_of())
+    worker = worker_of(MutualWorker, federation_of())
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     assert len(worker.mentor.model.bert.encoder.layer) == 4  # the whole teacher
     worker.train(arrays, asked(run, 1, (0, 0)), nobody)
@@ -241,7 +220,7 @@ def test_a_clients_mentor_goes_on_from_the_round_that_the_server_names(federatio
     groups, lines = worker.train(arrays, asked(run, 2, (1, 1)), nobody)
     second = mentor_on_disk(worker, run, 0, 2)
     assert not same(second, mentors[0])
-    again, _ = worker_of(federation_of()).train(arrays, asked(run, 2, (1, 1), (2, 0)), nobody)
+    again, _ = worker_of(MutualWorker, federation_of()).train(arrays, asked(run, 2, (1, 1), (2, 0)), nobody)
     assert same(second, mentor_on_disk(worker, run, 0, 2))
     for client in CLIENTS:
         assert same(again[own_update(client)], groups[own_update(client)])
@@ -251,7 +230,7 @@ def test_a_clients_mentor_goes_on_from_the_round_that_the_server_names(federatio
 def test_the_mentees_update_travels_as_thin_factors(federation_of, run):
     federation = federation_of()
     assert (federation.config.server.wire, federation.config.server.packing) == ("svd", "off")
-    worker = worker_of(federation)
+    worker = worker_of(MutualWorker, federation)
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     groups, _ = worker.train(arrays, asked(run, 1, (0, 0)), nobody)
     assert any(name.endswith("|left") for name in groups[own_update(0)])
@@ -261,7 +240,7 @@ def test_the_mentees_update_travels_as_thin_factors(federation_of, run):
 
 
 def test_a_client_whose_mentor_is_gone_says_so_and_the_others_go_on(federation_of, run):
-    worker = worker_of(federation_of(**{"server.wire": "fp32"}))
+    worker = worker_of(MutualWorker, federation_of(**{"server.wire": "fp32"}))
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     _, lines = worker.train(arrays, asked(run, 5, (4, 0)), nobody)
     assert [line.problem for line in lines] == ["mentor of round 4 is missing", ""]
@@ -270,7 +249,7 @@ def test_a_client_whose_mentor_is_gone_says_so_and_the_others_go_on(federation_o
 @pytest.mark.parametrize("hidden", [0.0, 0.5])
 def test_a_mentee_with_a_vocabulary_of_its_own_and_trained_words_learns_beside_its_mentor(federation_of, run, hidden):
     keys = {"student.vocabulary": 130, "student.train-embeddings": True, "distill.hidden-weight": hidden}
-    worker = worker_of(federation_of(**keys, **{"client.epochs": 2, "client.token-budget": 200}))
+    worker = worker_of(MutualWorker, federation_of(**keys, **{"client.epochs": 2, "client.token-budget": 200}))
     assert worker.pupil.taught is not None
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in worker.students[0].trained.items()}
     _, lines = worker.train(arrays, asked(run, 1, (0, 0)), nobody)

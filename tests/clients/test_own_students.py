@@ -18,15 +18,15 @@ from common.public import public_recipe, public_rows
 from common.recipe import make_recipe
 from common.seeding import seed_for
 from common.tiers import group_name
-from common.wire import ClientLine, Instruction, WireError, pack_reply
+from common.wire import ClientLine, WireError, pack_reply
 from server.aggregation import Rejected
 from server.consensus import Consensus
 from server.ensemble import put
 from server.intake import Chances
 from server.preparation import prepare
+from tests.clients.kept import CLIENTS, asked, nobody, worker_of
 from tests.conftest import make_reviews
 
-CLIENTS = (0, 2)
 PUBLIC_LR, SAMPLE = 0.003, 12
 
 
@@ -48,27 +48,6 @@ def federation_of(tmp_path_factory, tiny_teacher):
 @pytest.fixture(scope="module")
 def fedmd(federation_of):
     return federation_of("fedmd")
-
-
-@pytest.fixture
-def run():
-    """A run of its own for each test: its clients' students lie in a folder of this name."""
-    return np.random.default_rng().bytes(8).hex()
-
-
-def worker_of(federation):
-    return ConsensusWorker(
-        federation.config, teacher=str(federation.teacher.folder), teacher_hash=federation.teacher.hash,
-        dataset=federation.data.key, student=federation.pupil.key, student_hash=federation.pupil.hash,
-    )  # fmt: skip
-
-
-def asked(run, number, bases, clients=CLIENTS):
-    return Instruction(run, number, "", tuple(clients), tuple(bases), "", "", "", "", "")
-
-
-def nobody(count):
-    return None
 
 
 def rows_of(federation, number):
@@ -101,7 +80,7 @@ def test_students_of_different_shapes_vote_together(federation_of, run):
     federation = federation_of("fedmd", **{"student.tiers": "1/1/16@0.5"})
     everyone, tier_of = (0, 1, 2), federation.tier_of
     assert set(tier_of.tolist()) == {0, 1}
-    worker = worker_of(federation)
+    worker = worker_of(ConsensusWorker, federation)
     groups, lines = worker.train({}, asked(run, 1, (0, 0, 0), everyone), nobody)
     assert not any(line.problem for line in lines)
     logits, sizes = [], []
@@ -120,7 +99,7 @@ def test_students_of_different_shapes_vote_together(federation_of, run):
 @pytest.mark.parametrize("strategy", ["fedmd", "ds-fl"])
 def test_a_nodes_sum_is_what_its_clients_own_students_say_of_the_rounds_texts(federation_of, run, strategy):
     federation = federation_of(strategy)
-    worker = worker_of(federation)
+    worker = worker_of(ConsensusWorker, federation)
     groups, lines = worker.train({}, asked(run, 1, (0, 0)), nobody)
     logits = [
         outputs(federation, student_on_disk(worker, run, client, 1), rows_of(federation, 1)) for client in CLIENTS
@@ -137,7 +116,7 @@ def test_a_nodes_sum_is_what_its_clients_own_students_say_of_the_rounds_texts(fe
 
 def test_a_client_first_digests_the_last_rounds_texts_and_then_revisits_its_own(fedmd, run):
     """The same bits as two bare trainings, one after the other, from the student of its last round."""
-    worker, consensus = worker_of(fedmd), consensus_of()
+    worker, consensus = worker_of(ConsensusWorker, fedmd), consensus_of()
     worker.train({}, asked(run, 1, (0, 0)), nobody)
     first = student_on_disk(worker, run, 2, 1)
     worker.train({"consensus": consensus}, asked(run, 2, (1, 1)), nobody)
@@ -160,7 +139,7 @@ def test_a_client_first_digests_the_last_rounds_texts_and_then_revisits_its_own(
 def test_digesting_brings_a_student_to_the_consensus(federation_of, run):
     keys = {"server.public-epochs": 40, "server.public-lr": 0.01, "client.lr": 1e-9}
     federation = federation_of("fedmd", **keys)
-    worker, consensus = worker_of(federation), consensus_of()
+    worker, consensus = worker_of(ConsensusWorker, federation), consensus_of()
     rows = rows_of(federation, 1)
     worker.train({}, asked(run, 1, (0, 0)), nobody)
     worker.train({"consensus": consensus}, asked(run, 2, (1, 1)), nobody)
@@ -169,11 +148,11 @@ def test_digesting_brings_a_student_to_the_consensus(federation_of, run):
 
 
 def test_a_round_that_is_done_again_begins_with_the_student_that_the_server_names(fedmd, run):
-    worker, consensus = worker_of(fedmd), consensus_of()
+    worker, consensus = worker_of(ConsensusWorker, fedmd), consensus_of()
     worker.train({}, asked(run, 1, (0, 0)), nobody)
     groups, _ = worker.train({"consensus": consensus}, asked(run, 2, (1, 1)), nobody)
     before = student_on_disk(worker, run, 0, 2)
-    again, _ = worker_of(fedmd).train({"consensus": consensus}, asked(run, 2, (1, 1), (2, 0)), nobody)
+    again, _ = worker_of(ConsensusWorker, fedmd).train({"consensus": consensus}, asked(run, 2, (1, 1), (2, 0)), nobody)
     assert again["update"]["votes"].tolist() == groups["update"]["votes"].tolist()
     after = student_on_disk(worker, run, 0, 2)
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -183,7 +162,7 @@ def test_a_round_that_is_done_again_begins_with_the_student_that_the_server_name
 
 
 def test_a_client_whose_student_is_gone_says_so_and_the_others_go_on(fedmd, run):
-    worker = worker_of(fedmd)
+    worker = worker_of(ConsensusWorker, fedmd)
     alone, _ = worker.train({}, asked(run, 1, (0,), (2,)), nobody)
     groups, lines = worker.train({}, asked(run, 1, (4, 0)), nobody)
     assert lines[0].problem == "own student of round 4 is missing"
@@ -191,7 +170,7 @@ def test_a_client_whose_student_is_gone_says_so_and_the_others_go_on(fedmd, run)
 
 
 def test_scores_are_of_each_clients_own_student(fedmd, run):
-    worker = worker_of(fedmd)
+    worker = worker_of(ConsensusWorker, fedmd)
     worker.train({}, asked(run, 1, (0, 0)), nobody)
     groups, lines = worker.evaluate({}, asked(run, 1, (1, 0, 1), (0, 1, 2)), nobody)
     expected = 0
@@ -207,9 +186,11 @@ def test_scores_are_of_each_clients_own_student(fedmd, run):
 
 
 def test_any_grouping_of_clients_has_the_same_sum(fedmd, run):
-    worker = worker_of(fedmd)
+    worker = worker_of(ConsensusWorker, fedmd)
     together, _ = worker.train({}, asked(run, 1, (0, 0)), nobody)
-    parts = [worker_of(fedmd).train({}, asked(run, 1, (0,), (client,)), nobody)[0] for client in (2, 0)]
+    parts = [
+        worker_of(ConsensusWorker, fedmd).train({}, asked(run, 1, (0,), (client,)), nobody)[0] for client in (2, 0)
+    ]
     assert sum(part["update"]["votes"] for part in parts).tolist() == together["update"]["votes"].tolist()
 
 
@@ -219,7 +200,7 @@ def test_any_grouping_of_clients_has_the_same_sum(fedmd, run):
 @pytest.mark.parametrize("strategy", ["fedmd", "ds-fl"])
 def test_the_server_averages_two_clients_and_learns_from_what_they_agree_on(federation_of, run, strategy):
     federation = federation_of(strategy)
-    worker, told, memory = worker_of(federation), [], {}
+    worker, told, memory = worker_of(ConsensusWorker, federation), [], {}
     method = Consensus(federation, Silent(), lambda: None, told.append)
     weights = federation.weights()
     assert method.sends("train", 1, weights, memory) == {}
@@ -273,7 +254,7 @@ def test_what_no_clients_can_say_together_is_refused_and_leaves_no_trace(whole):
 
 
 def test_a_consensus_that_is_not_finite_is_not_digested(fedmd, run):
-    worker, consensus = worker_of(fedmd), consensus_of()
+    worker, consensus = worker_of(ConsensusWorker, fedmd), consensus_of()
     consensus[3, 1] = np.nan
     groups, lines = worker.train({"consensus": consensus}, asked(run, 2, (0, 0)), nobody)
     assert [line.problem for line in lines] == ["the consensus is not finite"] * 2
