@@ -45,6 +45,11 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) ->
     text = tuple(load_public_text(config))
     data = prepare_dataset(config, source.folder, cache, progress)
     check_clients(config, data)
+    if config.student.general_epochs and not text and not len(data.public):
+        raise InputError(
+            f"student.general-epochs = {config.student.general_epochs}: no public text; give data.public-text, or a "
+            "larger data.public-fraction"
+        )
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)

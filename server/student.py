@@ -200,7 +200,7 @@ def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: 
 def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:
     """Make the student in the cache unless it is there, and open it."""
     data, teacher, cache = lesson.data, lesson.teacher, cache_folder(config.runtime.cache)
-    warm = warms(config, lesson, final=plan.final)
+    warm = any(warms(config, lesson, final=plan.final))
     key = hash_json(
         {
             "teacher": teacher.hash,

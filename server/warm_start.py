@@ -33,10 +33,13 @@ WARM = (0, -1)  # round and client of the warm start: what its random choices co
 WARM_GENERAL = (0, -2)
 
 
-def warms(config: Config, lesson: Lesson, *, final: bool) -> bool:
-    """Whether there is anything to do; general text waits until the student has its ``final`` heads and neurons."""
-    keys = config.student
-    return len(lesson.data.public) > 0 and (keys.warm_epochs > 0 or (final and keys.general_epochs > 0))
+def warms(config: Config, lesson: Lesson, *, final: bool) -> tuple[bool, bool]:
+    """Whether the student learns on all public text, and whether on the public split.
+
+    All text waits until the student has its ``final`` heads and neurons.
+    """
+    keys, split = config.student, len(lesson.data.public) > 0
+    return final and keys.general_epochs > 0 and (split or len(lesson.text) > 0), keys.warm_epochs > 0 and split
 
 
 def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
@@ -81,10 +84,11 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
     recipe = replace(recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
     passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
-    if final and keys.general_epochs:
+    on_all_text, on_split = warms(config, lesson, final=final)
+    if on_all_text:
         general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
         passes.append(("public texts", _all_public_text(lesson, pupil, progress), general, WARM_GENERAL))
-    if keys.warm_epochs:
+    if on_split:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
         if not labelled(data.train.labels[examples.rows]).all():
             recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
@@ -119,13 +123,11 @@ def _all_public_text(lesson: Lesson, pupil: Pupil, progress: Progress) -> Exampl
     data = lesson.data
     own = [text for column in data.train.texts for text in column.take(np.asarray(data.public))]
     texts = list(dict.fromkeys([text for text in own if text] + list(lesson.text)))
-    with progress.step("tokenise the public texts", 2 * len(texts)) as bar:
-        taught, read = (
-            tokenize((texts,), load_tokenizer(folder), data.max_length, bar.advance)
-            for folder in (lesson.teacher.folder, pupil.folder)
-        )
+    folders = [pupil.folder] if pupil.taught is None else [pupil.folder, lesson.teacher.folder]
+    with progress.step("tokenise the public texts", len(folders) * len(texts)) as bar:
+        read, *taught = (tokenize((texts,), load_tokenizer(one), data.max_length, bar.advance) for one in folders)
     split = Split(read, np.full(len(texts), -1), np.zeros((len(texts), 16), dtype=np.uint8))
-    return _examples(lesson, split, np.arange(len(texts)), None if pupil.taught is None else taught, progress)
+    return _examples(lesson, split, np.arange(len(texts)), taught[0] if taught else None, progress)
 
 
 def _examples(
@@ -133,5 +135,5 @@ def _examples(
 ) -> Examples:
     """These rows with the teacher's outputs."""
     with progress.step(f"teacher outputs for {len(rows):,} public texts", len(rows)) as bar:
-        soft = predict(lesson.model, taught or split.tokens, rows, lesson.compute, bar.advance)
+        soft = predict(lesson.model, split.tokens if taught is None else taught, rows, lesson.compute, bar.advance)
     return Examples(split, rows, soft, taught)

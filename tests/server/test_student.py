@@ -226,6 +226,16 @@ def test_general_distillation_reads_no_label_and_depends_on_the_text(school):
     assert longer.hash != first.hash
 
 
+def test_general_distillation_needs_no_public_split_but_public_text(school):
+    nothing = replace(school.lesson.data, public=np.zeros(0, dtype=np.int64))
+    lesson = replace(school.lesson, data=nothing, text=("a fine movie", "a dull plot"))
+    keys = {"student__general_epochs": 2, "student__warm_epochs": 3}
+    assert school.student(lesson, **keys).hash != school.student(lesson).hash
+    config = school.config(student__general_epochs=2, data__public_fraction=0.0)
+    with pytest.raises(InputError, match=r"student\.general-epochs = 2: no public text; give data\.public-text"):
+        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+
+
 def test_public_text_has_a_say_in_the_vocabulary(school):
     tokenizer = load_tokenizer(school.lesson.teacher.folder)
     fewest = fewest_pieces(tokenizer)
