@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ class Worker:
         self.pupil = open_pupil(cache / "students" / student, self.data, cache)
         if self.pupil.hash != student_hash:
             raise ValueError("the student's weights are not those of this run")
-        student, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
-        self.tiers = Tiers(config, student, self.pupil.shape, width)
+        whole, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
+        self.tiers = Tiers(config, whole, self.pupil.shape, width)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
         self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
         self._rooms: dict[int, Room] = {}  # by tier, found with the first client
@@ -346,8 +347,11 @@ class Worker:
         """What a client's own shares of the classes do, where that is taken out."""
         if not self.config.distill.prior_correction:
             return None
-        labels = self.data.train.labels
-        return prior_shift(labels[rows], labels[np.asarray(self.data.public)], self.data.task.num_labels)
+        return prior_shift(self.data.train.labels[rows], self._public_labels, self.data.task.num_labels)
+
+    @cached_property
+    def _public_labels(self) -> NDArray[np.int64]:
+        return np.asarray(self.data.train.labels[np.asarray(self.data.public)])
 
     def teacher_logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), num_labels) the teacher's outputs, from disk where they are there."""

@@ -32,6 +32,11 @@ def _check_distillation(config: Keys) -> None:
             "distill.soft-weight and hard-weight are 0; give one of them a weight, or "
             "student.width-selection = 'random'"
         )
+    if keys.prior_correction and keys.hard_weight == 0 and keys.weighting == "constant":
+        raise ValueError(
+            "distill.prior-correction = true: it is about the label's loss, and distill.hard-weight = 0.0; give that a "
+            "weight, or false"
+        )
     if keys.prior_correction and (config.task == "stsb" or config.data.multi_label):
         what = "data.multi-label = true" if config.data.multi_label else f"task = {config.task}"
         raise ValueError(f"distill.prior-correction = true: {what} has no one class per example; give false")

@@ -55,3 +55,9 @@ def test_a_student_of_a_skewed_client_learns_what_it_would_from_balanced_labels(
 def test_it_needs_one_class_per_example():
     with pytest.raises(InputError, match=r"distill\.prior-correction = true: task = stsb has no one class per example"):
         from_flat({"task": "stsb", "distill.prior-correction": True})
+
+
+def test_it_needs_a_label_that_has_weight():
+    with pytest.raises(InputError, match=r"it is about the label's loss, and distill\.hard-weight = 0\.0"):
+        from_flat({"distill.prior-correction": True, "distill.hard-weight": 0.0})
+    from_flat({"distill.prior-correction": True, "distill.hard-weight": 0.0, "distill.weighting": "adaptive"})
