@@ -6,6 +6,7 @@ the end, for a rule that compares them (`Collected`). The first two need memory 
 client.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -125,7 +126,7 @@ class Chances(Votes):
         return super().take(content, clients)
 
 
-class _OwnUpdates:
+class _OwnUpdates(ABC):
     """Replies that hold each client's own update: what both ways of using them share."""
 
     def __init__(self, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int]) -> None:
@@ -150,8 +151,9 @@ class _OwnUpdates:
             raise ValueError("its update is not finite")
         return bound_norm(update, self.keys.norm_bound) if self.keys.norm_bound > 0 else update
 
+    @abstractmethod
     def add(self, line: ClientLine, update: Mapping[str, NDArray[np.float32]]) -> None:
-        raise NotImplementedError
+        """Take an update that was found right."""
 
 
 class Streamed(_OwnUpdates):
