@@ -1,8 +1,8 @@
 """A student as ONNX: its graph with 32-bit weights, and the same with 8-bit ones.
 
-8-bit weights follow Zafrir et al. 2019 (Q8BERT, https://arxiv.org/abs/1910.06188) without training: a weight w becomes
-round(w / s), with a scale s of its own for every column of a product and for every row of an embedding, so that one rare
-piece with a large vector does not coarsen all others. What flows between products gets its scale as it comes ("dynamic").
+8-bit weights follow Zafrir et al. 2019 (Q8BERT, https://arxiv.org/abs/1910.06188) without training: a weight w
+becomes round(w / s), with a scale s of its own for every column of a product and for every row of an embedding, so that
+one rare piece with a large vector does not coarsen all others. What flows between products gets its scale as it comes.
 """
 
 import logging
@@ -146,6 +146,6 @@ def _quiet() -> Iterator[None]:
 
 
 def largest_difference(exported: Exported, columns: Sequence[Sequence[str]], logits: NDArray[np.float32]) -> float:
-    """Between an export's logits and those expected, over texts one by one, in small and in large batches; may be NaN."""
+    """Between an export's logits and those expected, over texts alone and in batches; may be NaN."""
     found = [np.abs(exported.logits(columns, budget) - logits).max() for budget in (0, TOKEN_BUDGET, 4 * TOKEN_BUDGET)]
     return float(np.max(found))

@@ -83,7 +83,9 @@ class Spec:
             token_types=bool(raw["token_types"]),
         )
         counts = found.max_length > 0 and found.windows > 0 and found.stride >= 0 and found.padding >= 0
-        named = found.kind in KINDS and found.side in ("right", "left") and bool(found.labels) != (found.kind == "score")
+        named = (
+            found.kind in KINDS and found.side in ("right", "left") and bool(found.labels) != (found.kind == "score")
+        )
         if raw["format"] != FORMAT or not counts or not named or len(found.columns) not in (1, 2):
             raise ValueError("no such model")
         return found
@@ -103,9 +105,7 @@ class Exported:
         self.spec, self._tokenizer = spec, tokenizers.Tokenizer.from_str(tokenizer)
         self._tokenizer.no_padding()
         stride = spec.stride if spec.windows > 1 else 0
-        self._tokenizer.enable_truncation(
-            spec.max_length, stride=stride, strategy="longest_first", direction=spec.side
-        )
+        self._tokenizer.enable_truncation(spec.max_length, stride=stride, strategy="longest_first", direction=spec.side)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3

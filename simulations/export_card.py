@@ -33,60 +33,56 @@ class Finding:
         return f"{score}logits within {self.difference:.1e} of torch's"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How an export was tried.
+def write_card(
+    folder: Path,
+    summary: Mapping[str, Any],
+    found: Mapping[str, Finding],
+    *,
+    source: str,
+    texts: int,
+    milliseconds: Mapping[str, float],
+    teacher_bytes: int | None,
+) -> None:
+    """Write both cards into an export whose other files are all there.
 
-    Attributes:
-        source: where the texts are from.
-        texts: how many.
+    Args:
         found: by precision.
+        source: of the texts that it was tried on.
+        texts: how many these were.
         milliseconds: median time of one text with one thread, by who read it.
         teacher_bytes: of the teacher's weights; None: it is not at hand.
     """
-
-    source: str
-    texts: int
-    found: Mapping[str, Finding]
-    milliseconds: Mapping[str, float]
-    teacher_bytes: int | None
-
-
-def write_card(folder: Path, summary: Mapping[str, Any], trial: Trial) -> None:
-    """Write both cards into an export whose other files are all there."""
-    card = finite(_card(folder, summary, trial))
+    metric = summary["metric"]
+    tried = {name: {"largest_difference": each.difference, "score": each.score} for name, each in found.items()}
+    drop = None
+    if "int8" in found and metric in found["fp32"].score:
+        drop = 100 * (found["fp32"].score[metric] - found["int8"].score[metric])
+    card = finite(
+        {
+            "format": FORMAT,
+            "task": summary["task"],
+            "metric": metric,
+            "student": {**summary["student"], "sha256": summary["student_sha256"]},
+            "teacher": summary["teacher"],
+            "tried": {"on": source, "texts": texts, **tried, "int8_drop": drop},
+            "bytes": {"teacher": teacher_bytes, **_sizes(folder)},
+            "latency_ms": dict(milliseconds),
+            "privacy": summary.get("privacy"),
+            "run": {name: summary.get(name) for name in ("seed", "rounds", "clients", "cohort")},
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+    )
     (folder / CARD_TEXT).write_text(_text(card))
     names = sorted(path.name for path in folder.iterdir())
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in names}
     (folder / CARD).write_text(json.dumps({**card, "files": files}, indent=2) + "\n")
 
 
-def _card(folder: Path, summary: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    beside = sizes[SPEC] + sizes[TOKENIZER]
-    totals = {
-        name: sizes[file] + beside for name, file in (("fp32", FLOATS), ("int8", BYTES)) if file in sizes
-    }  # what a device needs
-    metric, fp32 = summary["metric"], trial.found["fp32"].score
-    drop = 100 * (fp32[metric] - trial.found["int8"].score[metric]) if "int8" in totals and fp32 else None
-    return {
-        "format": FORMAT,
-        "task": summary["task"],
-        "metric": metric,
-        "student": {**summary["student"], "sha256": summary["student_sha256"]},
-        "teacher": summary["teacher"],
-        "tried": {
-            "on": trial.source,
-            "texts": trial.texts,
-            **{name: {"largest_difference": f.difference, "score": dict(f.score)} for name, f in trial.found.items()},
-            "int8_drop_points": drop,
-        },
-        "bytes": {"teacher": trial.teacher_bytes, **totals},
-        "latency_ms": dict(trial.milliseconds),
-        "privacy": summary.get("privacy"),
-        "run": {name: summary.get(name) for name in ("seed", "rounds", "clients", "cohort")},
-        "versions": {name: version(name) for name in PACKAGES},
-    }
+def _sizes(folder: Path) -> dict[str, int]:
+    """What a device needs with each precision."""
+    size = {path.name: path.stat().st_size for path in folder.iterdir()}
+    forms = {"fp32": FLOATS, "int8": BYTES}
+    return {name: size[file] + size[SPEC] + size[TOKENIZER] for name, file in forms.items() if file in size}
 
 
 def _text(card: Mapping[str, Any]) -> str:
@@ -114,27 +110,25 @@ def _text(card: Mapping[str, Any]) -> str:
     ]
     whole = card["bytes"]["teacher"]
     for name in (name for name in ("fp32", "int8") if name in tried):
-        size = card["bytes"][name]
+        size, score = card["bytes"][name], _figure(tried[name]["score"].get(metric))
         share = f"1/{whole / size:.1f}" if whole else "-"
-        score = _figure(tried[name]["score"].get(metric))
         lines.append(f"| {name} | {tried[name]['largest_difference']:.1e} | {score} | {size:,} | {share} |")
-    slowest = max(card["latency_ms"].values())
-    first = "teacher" if "teacher" in card["latency_ms"] else "student"
-    base = card["latency_ms"][first]
+    times = card["latency_ms"]
+    first = next(iter(times))
     lines += [
         "",
         "One text at a time on one thread of the exporting machine, the model alone, median:",
         "",
         f"| | milliseconds | times as fast as the {first} |",
         "| --- | --- | --- |",
-        *(f"| {WHO[name]} | {ms:.2f} | {base / ms:.2f} |" for name, ms in card["latency_ms"].items() if slowest),
+        *(f"| {WHO[name]} | {each:.2f} | {times[first] / each:.2f} |" for name, each in times.items()),
         *([] if first == "teacher" else ["", "The teacher was not at hand."]),
         "",
         "## Privacy",
         "",
         _privacy(card["privacy"]),
         "",
-        f"SHA-256 of every file: `{CARD}`. {FLOATS} may be left out on a device that has {BYTES}.",
+        f"SHA-256 of every file: `{CARD}`. A device that has `{BYTES}` needs no `{FLOATS}`.",
         "",
     ]
     return "\n".join(lines)
