@@ -166,7 +166,7 @@ def probabilities(spec: Spec, logits: NDArray[np.float32]) -> NDArray[np.float64
     """(n, labels): of classes, they add up to one; of several labels, each stands for itself."""
     wide = logits.astype(np.float64)
     if spec.kind == "multi-label":
-        return np.asarray(1.0 / (1.0 + np.exp(-wide)))
+        return np.asarray(np.exp(-np.logaddexp(0.0, -wide)))
     powers = np.exp(wide - wide.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 

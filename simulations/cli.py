@@ -146,8 +146,8 @@ def export(
 ) -> None:
     """Write a run's student as a folder for devices, after it has answered there as it does in torch.
 
-    The folder holds the model as ONNX with 32-bit weights (and with 8-bit ones), its tokenizer, the names of its labels, and
-    a card with scores, sizes, times and hashes. `fedistill predict` reads it.
+    The folder holds the model as ONNX with 32-bit weights (and with 8-bit ones), its tokenizer, the names of its
+    labels, and a card with scores, sizes, times and hashes. `fedistill predict` reads it.
     """
     from simulations.display import console_on, progress_for
     from simulations.export_run import check_options, export_run
@@ -177,8 +177,8 @@ def predict(
 ) -> None:
     """Say what an exported student says of texts: a line for each, with its label and the probability of that.
 
-    For a task that predicts a score, the score; for one of several labels, those above a half (or -), then all. Runs with
-    onnxruntime and tokenizers alone, without torch.
+    For a task that predicts a score, the score; for one of several labels, those above a half (or -), then all. Runs
+    with onnxruntime and tokenizers alone, without torch.
     """
     import json
 
@@ -282,11 +282,9 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"fedistill: {error}", file=sys.stderr)
         return 2
-    except ExportFailed as error:
-        print(f"fedistill: {error}", file=sys.stderr)
-        return 1
     except RunFailed as error:
-        print(f"fedistill: the run failed: {error}", file=sys.stderr)
+        what = "" if isinstance(error, ExportFailed) else "the run failed: "
+        print(f"fedistill: {what}{error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
         print("fedistill: interrupted", file=sys.stderr)
