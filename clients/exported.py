@@ -116,7 +116,8 @@ class Exported:
         rows = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
         found = self._tokenizer.encode_batch(rows)
         whole = [[each, *each.overflowing][: self.spec.windows] for each in found]
-        return [[(each.ids, each.type_ids) for each in windows] for windows in whole]
+        # a tokenizer without special pieces makes nothing of an empty text
+        return [[(each.ids or [self.spec.padding], each.type_ids or [0]) for each in windows] for windows in whole]
 
     def run(self, windows: Sequence[Window]) -> NDArray[np.float32]:
         """Logits of some windows in one batch, (len(windows), outputs)."""
@@ -138,8 +139,6 @@ class Exported:
         advance: Callable[[int], None] = lambda amount: None,
     ) -> NDArray[np.float32]:
         """Logits of examples, (n, outputs): the mean over the windows of each.
-
-        With 8-bit weights they depend a little on the batch: the range of its inner states is cut into 256 steps.
 
         Args:
             budget: padded word pieces per batch; 0: each window by itself.

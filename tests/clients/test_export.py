@@ -16,11 +16,11 @@ from common.inference import predict
 from common.models import load_teacher
 from common.slim import FactoredEmbedding, Shape, cut_student
 from common.tokens import tokenize
-from tests.conftest import FP32, make_sentences, make_teacher
+from tests.conftest import FP32, make_sentences, make_teacher, stir
 
 LENGTH = 32
 SPEC = Spec("text", "classes", ("a", "b", "c"), ("text",), LENGTH, 1, 0, "right", 0, token_types=False)
-TEXTS = ["", "a", *make_sentences(60, longest=60)]
+TEXTS = ["a", *make_sentences(60, longest=60)]
 
 
 class Made:
@@ -31,6 +31,7 @@ class Made:
         shape = Shape.whole(teacher.config, (0, 2))
         narrow = {"heads": ((1,), (0,)), "neurons": (tuple(range(5, 25)),) * 2, "rank": 4 if family == "bert" else 0}
         self.student = cut_student(teacher, replace(shape, **narrow))
+        stir(self.student)
         self.tokenizer = load_tokenizer(folder)
         names = self.tokenizer.model_input_names
         self.spec = replace(SPEC, padding=self.tokenizer.pad_token_id, token_types="token_type_ids" in names)
@@ -61,13 +62,15 @@ def bert(tmp_path_factory):
 
 def test_logits_are_torchs_alone_and_in_any_batch(made):
     wanted = made.torch(TEXTS)
-    assert wanted.std() > 0.02  # so that the bound says something
+    assert wanted.std() > 0.3  # so that the bound says something
     assert largest_difference(made.open(made.fp32), (TEXTS,), wanted) < 1e-4
 
 
-def test_eight_bit_weights_stay_near(made):
-    wanted = made.torch(TEXTS)
-    assert largest_difference(made.open(made.int8), (TEXTS,), wanted) < 0.1 * wanted.std() + 0.02
+def test_eight_bit_weights_stay_near_and_batches_do_not_matter(made):
+    wanted, exported = made.torch(TEXTS), made.open(made.int8)
+    alone = exported.logits((TEXTS,), 0)
+    assert np.abs(alone - wanted).max() < 0.2 * wanted.std()
+    assert np.abs(alone - exported.logits((TEXTS,), 4000)).max() < 1e-4
 
 
 def test_pairs_and_windows_are_cut_as_in_training(bert):
@@ -79,6 +82,12 @@ def test_pairs_and_windows_are_cut_as_in_training(bert):
     wanted = bert.torch(long, windows=3, stride=5)
     assert np.abs(windows.logits((long,)) - wanted).max() < 1e-4
     assert np.abs(bert.open(bert.fp32).logits((long,)) - wanted).max() > 1e-4  # the rest of a text matters
+
+
+def test_a_text_without_any_piece_is_read(made):
+    found = made.open(made.fp32).logits((["", "good"],), 1000)
+    assert np.isfinite(found).all()
+    assert np.abs(found[1:] - made.torch(["good"])).max() < 1e-4
 
 
 def test_every_row_of_an_embedding_has_a_scale_of_its_own(bert):
@@ -95,11 +104,8 @@ def test_every_row_of_an_embedding_has_a_scale_of_its_own(bert):
 
 
 def test_no_weight_stays_wide_and_no_path_of_ours_travels(bert):
-    wide = [
-        each.name for each in onnx.load(bert.int8).graph.initializer
-        if each.data_type == onnx.TensorProto.FLOAT and len(each.dims) == 2 and each.dims[1] > 1
-    ]  # fmt: skip
-    assert wide == []
+    arrays = {each.name: numpy_helper.to_array(each) for each in onnx.load(bert.int8).graph.initializer}
+    assert [name for name, array in arrays.items() if array.dtype == np.float32 and array.squeeze().ndim > 1] == []
     for path in (bert.fp32, bert.int8):
         assert b".py" not in path.read_bytes()
 
