@@ -116,12 +116,11 @@ class Exported:
         rows = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
         found = self._tokenizer.encode_batch(rows)
         whole = [[each, *each.overflowing][: self.spec.windows] for each in found]
-        # a tokenizer without special pieces makes nothing of an empty text
-        return [[(each.ids or [self.spec.padding], each.type_ids or [0]) for each in windows] for windows in whole]
+        return [[(each.ids, each.type_ids) for each in windows] for windows in whole]
 
     def run(self, windows: Sequence[Window]) -> NDArray[np.float32]:
         """Logits of some windows in one batch, (len(windows), outputs)."""
-        width = max(len(ids) for ids, _ in windows)
+        width = max(1, *(len(ids) for ids, _ in windows))  # of an empty text a tokenizer may make nothing
         arrays = {name: np.zeros((len(windows), width), dtype=np.int64) for name in self.spec.inputs}
         arrays["input_ids"][:] = self.spec.padding
         for row, (ids, types) in enumerate(windows):

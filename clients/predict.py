@@ -38,10 +38,10 @@ def read_rows(
     Args:
         texts: arguments of the command.
         table: a file with columns.
-        lines: of standard input, read when there is nothing else; None: it is a terminal, or not to be read.
+        lines: of standard input, read when there is nothing else; None: it is not to be read.
 
     Raises:
-        InputError: there are none, they are given twice, or they do not fit the model.
+        InputError: they are given twice, or do not fit the model.
     """
     if texts and table:
         raise InputError(f"--csv {table}: texts are given as arguments too; give one of them")
@@ -49,9 +49,9 @@ def read_rows(
         raise InputError(f"--text-columns {text_columns!r}: there is no --csv FILE to find them in")
     if table:
         return rows_of_file(spec, table, text_columns)
-    if texts or lines is None:
+    if texts:
         return rows_of_arguments(spec, texts, pair=pair)
-    return rows_of_lines(spec, lines, pair=pair)
+    return [] if lines is None else rows_of_lines(spec, lines, pair=pair)
 
 
 def rows_of_arguments(spec: Spec, texts: Sequence[str], *, pair: bool) -> list[Row]:

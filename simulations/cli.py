@@ -188,7 +188,9 @@ def predict(
     from simulations.display import console_on, progress_for
 
     exported = open_export(folder, fp32=fp32, threads=threads)
-    lines = None if bench or sys.stdin.isatty() else sys.stdin.buffer
+    lines = None if bench else sys.stdin.buffer
+    if not (bench or texts or csv) and sys.stdin.isatty():
+        raise InputError("TEXT: none given; give texts, --csv FILE, or lines on standard input")
     rows = prediction.read_rows(exported.spec, texts or [], csv, text_columns, pair=pair, lines=lines)
     if bench:
         found = prediction.bench(exported, list(rows))

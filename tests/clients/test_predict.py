@@ -245,3 +245,9 @@ def test_the_command_needs_no_torch(folder, without_torch):
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] == ["yes", "no"]
     done = without_torch(folder, "--csv", "nowhere.csv")
     assert (done.returncode, done.stderr) == (2, "fedistill: --csv nowhere.csv: no such file\n")
+
+
+def test_a_model_of_pairs_is_measured_without_texts(tmp_path, without_torch):
+    done = without_torch(write_export(tmp_path / "pairs", PAIRS), "--bench", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"] == predict.BENCH_TEXTS

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 
 import numpy as np
@@ -180,3 +181,14 @@ def test_the_command_leaves_what_is_there_alone(run, tmp_path, capfd):
     assert left.value.code == 2
     assert capfd.readouterr().err.endswith("out: exists already; give a new folder\n")
     assert (tmp_path / "out" / FLOATS).read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes of a file: less than the model has
+    try:
+        with pytest.raises(ExportFailed, match="out: cannot be written: File too large"):
+            export(run, tmp_path / "made" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "made").iterdir()) == []
