@@ -166,19 +166,14 @@ def predict(
     pair: Annotated[bool, typer.Option("--pair", help="texts two by two; in lines a tab between")] = False,
     csv: Annotated[Path | None, typer.Option(help="texts of a .csv, .jsonl or .parquet file")] = None,
     text_columns: Annotated[str, typer.Option(help="columns of that file, a,b; default: the task's")] = "",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="a JSON object for each text, with all probabilities")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object for each text")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="32-bit weights, where there are 8-bit ones too")] = False,
     threads: Annotated[int, typer.Option(min=0, help="0: as onnxruntime chooses")] = 0,
-    bench: Annotated[
-        bool, typer.Option("--bench", help="how fast and how large it is, instead of predictions")
-    ] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="how fast and how large it is instead")] = False,
 ) -> None:
     """Say what an exported student says of texts: a line for each, with its label and the probability of that.
 
-    For a task that predicts a score, the score; for one of several labels, those above a half (or -), then all. Runs
-    with onnxruntime and tokenizers alone, without torch.
+    For a task that predicts a score, the score; for one of several labels, those above a half (or -), then all.
     """
     import json
 
