@@ -1,4 +1,4 @@
-"""The three ways a run ends early. Each carries one line a user can act on and no private text."""
+"""The ways a run ends early. Each carries one line a user can act on and no private text."""
 
 from pathlib import Path
 
@@ -24,3 +24,7 @@ class RunFailed(Exception):
 
 class Interrupted(Exception):
     """The user stopped the run (Ctrl-C or SIGTERM); exit code 130."""
+
+
+class ExportFailed(RunFailed):
+    """A model could not be written for devices, or does not answer as its student does; exit code 1."""

@@ -59,10 +59,21 @@ def build_folder(target: Path) -> Iterator[Path | None]:
             return
         for abandoned in target.parent.glob(f".{target.name}.*"):  # by a builder that was killed: we hold the lock
             shutil.rmtree(abandoned, ignore_errors=True)
-        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
+        with draft_of(target) as draft:
             yield draft
-            draft.rename(target)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+
+
+@contextmanager
+def draft_of(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, that takes the name of ``target``, where nothing is, when it is finished.
+
+    On an error it is removed. A process that is killed leaves it under a hidden name beside ``target``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield draft
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

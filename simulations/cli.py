@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from common.config import Config, default_keys, load_config
-from common.errors import InputError, Interrupted, RunFailed, place_of
+from common.errors import ExportFailed, InputError, Interrupted, RunFailed, place_of
 
 # read when the libraries are first imported: waiting threads sleep instead of spinning, which on a busy machine costs
 # several times the work itself; Flower does not ask the network for versions, nor reports its use
@@ -136,6 +136,68 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a completed run")],
+    form: Annotated[str, typer.Option("--format", help="onnx")] = "onnx",
+    *,
+    int8: Annotated[bool, typer.Option("--int8", help="also with 8-bit weights: a quarter of the size")] = False,
+    out: Annotated[Path | None, typer.Option(help="a new folder; default: RUN/export")] = None,
+    max_drop: Annotated[float, typer.Option(help="hundredths of the headline score that 8-bit weights may cost")] = 0.5,
+) -> None:
+    """Write a run's student as a folder for devices, after it has answered there as it does in torch.
+
+    The folder holds the model as ONNX with 32-bit weights (and with 8-bit ones), its tokenizer, the names of its
+    labels, and a card with scores, sizes, times and hashes. `fedistill predict` reads it.
+    """
+    from simulations.display import console_on, progress_for
+    from simulations.export_run import check_options, export_run
+
+    check_options(form, max_drop)
+    typer.echo(export_run(run, out, int8=int8, max_drop=max_drop, progress=progress_for(console_on(sys.stdout))))
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `fedistill export` wrote")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT ...]", help="none: lines of standard input")
+    ] = None,
+    *,
+    pair: Annotated[bool, typer.Option("--pair", help="texts two by two; in lines a tab between")] = False,
+    csv: Annotated[Path | None, typer.Option(help="texts of a .csv, .jsonl or .parquet file")] = None,
+    text_columns: Annotated[str, typer.Option(help="columns of that file, a,b; default: the task's")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object for each text")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="32-bit weights, where there are 8-bit ones too")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="0: as onnxruntime chooses")] = 0,
+    bench: Annotated[bool, typer.Option("--bench", help="how fast and how large it is instead")] = False,
+) -> None:
+    """Say what an exported student says of texts: a line for each, with its label and the probability of that.
+
+    For a task that predicts a score, the score; for one of several labels, those above a half (or -), then all.
+    """
+    import json
+
+    from clients import predict as prediction
+    from clients.exported import open_export
+    from common.progress import Silent
+    from simulations.display import console_on, progress_for
+
+    exported = open_export(folder, fp32=fp32, threads=threads)
+    lines = None if bench else sys.stdin.buffer
+    if not (bench or texts or csv) and sys.stdin.isatty():
+        raise InputError("TEXT: none given; give texts, --csv FILE, or lines on standard input")
+    rows = prediction.read_rows(exported.spec, texts or [], csv, text_columns, pair=pair, lines=lines)
+    if bench:
+        found = prediction.bench(exported, list(rows))
+        typer.echo(json.dumps(found) if as_json else prediction.bench_lines(found))
+        return
+    # in a terminal the predictions themselves show how far it is
+    progress = Silent() if sys.stdout.isatty() else progress_for(console_on(sys.stderr))
+    for answer in prediction.predictions(exported, rows, progress, total=len(rows) if isinstance(rows, list) else None):
+        typer.echo(prediction.line_of(answer, as_json=as_json))
+
+
+@app.command()
 def provision(
     profiles: Annotated[Path, typer.Argument(metavar="PROFILES.toml", help="a table for each device")],
     config: ConfigFile = None,
@@ -218,7 +280,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
         print(f"fedistill: {error}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"fedistill: the run failed: {error}", file=sys.stderr)
+        what = "" if isinstance(error, ExportFailed) else "the run failed: "
+        print(f"fedistill: {what}{error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
         print("fedistill: interrupted", file=sys.stderr)

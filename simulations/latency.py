@@ -41,11 +41,11 @@ def run_latency(run: Path, progress: Progress) -> dict[str, float]:
     rows = np.unique(np.linspace(0, len(split) - 1, SENTENCES).astype(np.int64))
     texts = tuple(column.take(rows) for column in split.texts)
     folders = {"teacher": teacher.folder, "student": run / "student", "slim": run / "slim"}
-    pieces = {name: _pieces(folder, texts, data.max_length) for name, folder in folders.items()}
+    pieces = {name: pieces_of(folder, texts, data.max_length) for name, folder in folders.items()}
     models = {"teacher": load_teacher(teacher.folder), "student": load_teacher(run / "student")}
     models["slim"] = load_slim(run / "slim")[0]
     with progress.step("latency", LAPS * len(rows)) as step:
-        calls = {name: _caller(models[name], pieces[name]) for name in models}
+        calls = {name: caller(models[name], pieces[name]) for name in models}
         found = medians(calls, len(rows), LAPS, step.advance)
     sizes = {name: sum(path.stat().st_size for path in folders[name].glob("*.safetensors")) for name in folders}
     return {
@@ -83,12 +83,12 @@ def medians(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def _pieces(folder: Path, texts: tuple[Sequence[str], ...], max_length: int) -> Tokens:
+def pieces_of(folder: Path, texts: tuple[Sequence[str], ...], max_length: int) -> Tokens:
     columns = tuple(list(column) for column in texts)
     return tokenize(columns, load_tokenizer(folder), max_length, lambda amount: None)
 
 
-def _caller(model: Any, tokens: Tokens) -> Callable[[int], Any]:
+def caller(model: Any, tokens: Tokens) -> Callable[[int], Any]:
     inputs = [tokens.batch(np.asarray([row])) for row in range(len(tokens))]
     model.eval()
     model.set_attn_implementation("sdpa")

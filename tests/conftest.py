@@ -120,6 +120,14 @@ def make_student(teacher: Any, layers: tuple[int, ...], **given: Any) -> Any:
     return cut_student(teacher, Shape.whole(teacher.config, layers), **given)
 
 
+def stir(model: Any, by: float = 0.3) -> None:
+    """Add noise to every weight of a tiny random model, so that its texts differ by more than rounding."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=rng))
+
+
 def make_needs(teacher: Path, data: FederatedDataset, layers: tuple[int, ...]) -> dict[str, str]:
     """What a worker is made of: the teacher, the data, and a student of these layers that lies in the cache."""
     model, digest = load_teacher(teacher), hash_tensors(load_teacher(teacher).state_dict())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.store import build_folder, cache_folder, write_atomically
+from common.store import build_folder, cache_folder, draft_of, write_atomically
 
 
 def build(target: Path, log: Path) -> None:
@@ -82,3 +82,16 @@ def test_what_a_killed_builder_left_is_removed_by_the_next(tmp_path):
     with build_folder(tmp_path / "folder") as draft:
         assert draft is not None
     assert left(tmp_path) == ["folder"]
+
+
+def test_a_draft_takes_its_name_when_it_is_finished_and_vanishes_on_an_error(tmp_path):
+    target = tmp_path / "a" / "folder"
+    with pytest.raises(OSError, match="full"), draft_of(target) as draft:
+        (draft / "half").write_text("")
+        assert not target.exists()
+        raise OSError("full")
+    assert list(target.parent.iterdir()) == []
+    with draft_of(target) as draft:
+        (draft / "content").write_text("whole")
+    assert left(target.parent) == ["folder"]
+    assert (target / "content").read_text() == "whole"
