@@ -1,0 +1,92 @@
+"""``fedistill edge client``: one owner of private data, as a Flower SuperNode that is kept alive."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tomli_w
+
+from clients.edge_folder import ClientFolder, check_data
+from clients.fleet import Unreachable, introduce
+from common.edge import alone_in
+from common.processes import Child, Stop, flower_environment, free_port, until_stopped
+from common.store import write_atomically
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; each is twice the last
+SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
+LOOK_SECONDS = 0.5
+JOINED = re.compile(r"SuperNode ID: \d+")  # what Flower 1.41 logs
+LOST = "Connection attempt failed"
+FOUND = "Connection successful"
+Tell = Callable[[str], None]
+
+
+def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> None:
+    """Take part until asked to stop.
+
+    Args:
+        data: this client's private examples.
+        threads: for training.
+
+    Raises:
+        InputError: folder or data are not as they must be, or the server refuses the key.
+    """
+    path = check_data(data)
+    folder.make_state()
+    with alone_in(folder.state, "lock", "a client runs from this folder already"), until_stopped() as stop:
+        node = {"client": folder.settings.client, "data": str(path)}
+        write_atomically(folder.state / "node.toml", tomli_w.dumps(node).encode())
+        wait = FIRST_WAIT
+        while not stop.asked:
+            began = time.monotonic()
+            try:
+                introduce(folder)
+                reason = _run_supernode(folder, threads, tell, stop)
+            except Unreachable as error:
+                reason = str(error)
+            if stop.asked:
+                break
+            wait = FIRST_WAIT if time.monotonic() - began > SETTLED_SECONDS else wait
+            tell(f"{reason}; trying again in {wait:.0f} s")
+            stop.wait(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+    tell("stopped")
+
+
+def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -> str:
+    """Run a SuperNode until it ends or is to stop; returns why it has ended."""
+    connected = [True]
+
+    def hear(line: str) -> None:
+        if JOINED.search(line):
+            tell(f"joined {folder.settings.address}")
+        elif LOST in line and connected[0]:
+            connected[0] = False
+            tell(f"{folder.settings.address} does not answer; trying until it does")
+        elif FOUND in line and not connected[0]:
+            connected[0] = True
+            tell(f"{folder.settings.address} answers again")
+
+    environment = {**flower_environment(folder.state / "flower"), "OMP_NUM_THREADS": str(threads)}
+    child = Child(supernode_arguments(folder), environment, folder.state / "supernode.log", hear)
+    try:
+        while child.running and not stop.wait(LOOK_SECONDS):
+            pass
+    finally:
+        child.stop()
+    return f"the SuperNode ended by itself (exit code {child.exit_code}, see {folder.state / 'supernode.log'})"
+
+
+def supernode_arguments(folder: ClientFolder) -> list[str]:
+    """The module that starts the SuperNode, and its arguments. Its own interface is open to this machine alone."""
+    return [
+        "clients.fleet", str(os.getpid()),
+        "--superlink", folder.settings.address,
+        "--root-certificates", str(folder.ca_file),
+        "--auth-supernode-private-key", str(folder.key_file),
+        "--node-config", str(folder.state / "node.toml"),
+        "--host", "127.0.0.1",
+        "--port", str(free_port()),
+    ]  # fmt: skip
