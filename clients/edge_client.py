@@ -9,17 +9,15 @@ from pathlib import Path
 import tomli_w
 
 from clients.edge_folder import ClientFolder, check_data
-from clients.fleet import Unreachable, introduce
+from clients.fleet import Unreachable, answers, introduce
 from common.edge import alone_in
 from common.processes import Child, Stop, flower_environment, free_port, until_stopped
 from common.store import write_atomically
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; each is twice the last
 SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 15.0  # between two looks at whether the server answers
 JOINED = re.compile(r"SuperNode ID: \d+")  # what Flower 1.41 logs
-LOST = "Connection attempt failed"
-FOUND = "Connection successful"
 Tell = Callable[[str], None]
 
 
@@ -57,26 +55,30 @@ def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> No
 
 def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -> str:
     """Run a SuperNode until it ends or is to stop; returns why it has ended."""
-    connected = [True]
 
     def hear(line: str) -> None:
         if JOINED.search(line):
             tell(f"joined {folder.settings.address}")
-        elif LOST in line and connected[0]:
-            connected[0] = False
-            tell(f"{folder.settings.address} does not answer; trying until it does")
-        elif FOUND in line and not connected[0]:
-            connected[0] = True
-            tell(f"{folder.settings.address} answers again")
 
     environment = {**flower_environment(folder.state / "flower"), "OMP_NUM_THREADS": str(threads)}
     child = Child(supernode_arguments(folder), environment, folder.state / "supernode.log", hear)
     try:
-        while child.running and not stop.wait(LOOK_SECONDS):
-            pass
+        _watch(child, folder, tell, stop)
     finally:
         child.stop()
     return f"the SuperNode ended by itself (exit code {child.exit_code}, see {folder.state / 'supernode.log'})"
+
+
+def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop) -> None:
+    """Tell when the server goes silent and when it is back; the SuperNode itself tries on without end."""
+    address, silent, looked = folder.settings.address, False, time.monotonic()
+    while child.running and not stop.wait(0.5):
+        if time.monotonic() - looked < LOOK_SECONDS:
+            continue
+        looked = time.monotonic()
+        if silent == answers(folder):
+            silent = not silent
+            tell(f"{address} does not answer; trying until it does" if silent else f"{address} answers again")
 
 
 def supernode_arguments(folder: ClientFolder) -> list[str]:

@@ -27,9 +27,7 @@ class ClientFolder:
             InputError: it is none, or its certificate or key is not as it must be.
         """
         if not (path / "client.toml").is_file():
-            raise InputError(
-                f"{path}: not a client's folder; `fedistill edge init` makes them, in DIR/clients"
-            )
+            raise InputError(f"{path}: not a client's folder; `fedistill edge init` makes them, in DIR/clients")
         found = cls(path.resolve(), ClientFile.read(path / "client.toml"))
         load_certificate(found.ca_file, authority=True)
         check_private(found.key_file)

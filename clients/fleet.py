@@ -22,6 +22,7 @@ from common.pki import load_client_key
 from common.processes import end_with
 
 CLOCK_TOLERANCE = timedelta(minutes=5)  # Flower's, of a signature's time
+LOOK_TIMEOUT = 5.0  # seconds
 WRONG_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and IP_ADDRESS_MISMATCH, openssl/x509_vfy.h
 EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
@@ -64,6 +65,16 @@ def introduce(folder: ClientFolder) -> None:
             raise _refusal(folder, error.response) from None
         except httpx.TransportError as error:
             raise _no_connection(folder, error) from None
+
+
+def answers(folder: ClientFolder) -> bool:
+    """Whether our server is there, whatever it says."""
+    trusted = ssl.create_default_context(cafile=str(folder.ca_file))
+    try:
+        httpx.get(f"https://{folder.settings.address}/", verify=trusted, timeout=LOOK_TIMEOUT)
+    except httpx.TransportError:
+        return False
+    return True
 
 
 def _sign_off(server: FleetHttpClient, node: int) -> None:

@@ -136,7 +136,6 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_INTERNAL_GRPC_CONTROL_API": "0",  # 1 would open it on all addresses
         "FLWR_INTERNAL_GRPC_FLEET_API": "0",
         "FLWR_ENABLE_EVENT_LOG": "0",
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "NO_PROXY": ",".join(filter(None, (os.environ.get("NO_PROXY", ""), loopback))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),  # its other commands
         "PYTHONUNBUFFERED": "1",

@@ -37,7 +37,7 @@ from common.pki import (
     load_public_key,
     names_of,
 )
-from common.store import write_atomically
+from common.store import build_folder, write_atomically
 
 MAX_CLIENTS = 10_000
 CLIENT = re.compile(r"client-(0|[1-9]\d{0,8})")
@@ -143,16 +143,12 @@ def init(path: Path, host: str, clients: int, port: int) -> EdgeFolder:
     if path.exists() or path.is_symlink():
         raise InputError(f"{path}: is there already; nothing is overwritten, give another folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.draft-"))  # 0700
+        with build_folder(path) as draft:
+            if draft is None:
+                raise InputError(f"{path}: another command has just made it")
+            _fill(draft, endpoint, clients)
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {error.strerror}") from None
-    try:
-        _fill(draft, endpoint, clients)
-        draft.rename(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return EdgeFolder.open(path)
 
 

@@ -3,11 +3,12 @@
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.edge import alone_in, host_and_port
 from common.errors import InputError, RunFailed
+from common.pki import names_of
 from common.processes import Child, Stop, flower_environment, until_stopped
 from server.edge_folder import EdgeFolder, days_left
 from server.roster import Roster
@@ -33,7 +34,7 @@ def run_server(folder: EdgeFolder, bind: str, control: tuple[str, int], tell: Te
     server = folder.server()
     if (left := days_left(server)) < WARN_DAYS:
         tell(f"the server's certificate expires in {left} days; run: fedistill edge renew {folder.path}")
-    check_control(control, folder, exposed=exposed)
+    check_control(control, folder.endpoint.port, names_of(server.certificate), exposed=exposed)
     fleet = (bind or _everywhere(folder.endpoint.host), folder.endpoint.port)
     for host, port in (control, fleet):
         _check_free(host, port)
@@ -41,11 +42,14 @@ def run_server(folder: EdgeFolder, bind: str, control: tuple[str, int], tell: Te
         _serve(folder, fleet, control, tell, stop)
 
 
-def check_control(control: tuple[str, int], folder: EdgeFolder, *, exposed: bool) -> None:
+def check_control(control: tuple[str, int], fleet_port: int, names: Sequence[str], *, exposed: bool) -> None:
     """See that only this machine can reach the Control API, unless that was asked for.
 
+    Args:
+        names: that the server's certificate holds for; Flower's own processes check it there too.
+
     Raises:
-        InputError: others could, or the port is the clients' own.
+        InputError: others could, the certificate does not hold for it, or the port is the clients' own.
     """
     host, port = control
     try:
@@ -55,9 +59,13 @@ def check_control(control: tuple[str, int], folder: EdgeFolder, *, exposed: bool
     if not address.is_loopback and not exposed:
         raise InputError(
             f"--control-host {host}: whoever reaches the Control API can run code here and at every client, and it has "
-            "no login; give a loopback address, or also --let-anyone-who-reaches-it-submit-code"
+            "no login; give a loopback address, or also --expose-control-api"
         )
-    if port == folder.endpoint.port:
+    if str(address) not in names:
+        raise InputError(
+            f"--control-host {host}: the server's certificate is for {', '.join(names)}; give one of these"
+        )
+    if port == fleet_port:
         raise InputError(f"--control-port {port}: is the clients' port; give another")
 
 

@@ -81,15 +81,13 @@ def server(
     control_port: Annotated[int, typer.Option(min=1, max=65535, help="port of the Control API")] = 9093,
     exposed: Annotated[
         bool,
-        typer.Option(
-            "--let-anyone-who-reaches-it-submit-code", help="allow a --control-host that other machines can reach"
-        ),
+        typer.Option("--expose-control-api", help="allow a --control-host that other machines can reach"),
     ] = False,
 ) -> None:
     """Serve clients over TLS until stopped (Ctrl-C, SIGTERM): a line when ready and when a client joins or leaves.
 
     Clients reach the Fleet API alone. The Control API, which starts any code and has no login, listens on loopback:
-    everyone with an account on this machine can reach it.
+    all who have an account on this machine can reach it.
     """
     from server.edge_folder import EdgeFolder
     from server.edge_server import run_server
@@ -103,7 +101,10 @@ def client(
     data: Annotated[Path, typer.Option(help="this client's private examples: CSV, JSONL or Parquet")],
     threads: Annotated[int, typer.Option(min=0, help="for training; 0: as many as there are cores")] = 0,
 ) -> None:
-    """Take part with a file of private data until stopped (Ctrl-C, SIGTERM); it never leaves this machine."""
+    """Take part with a file of private data until stopped (Ctrl-C, SIGTERM).
+
+    This machine runs the code that the server sends: take part with servers that you trust with that.
+    """
     from clients.edge_client import run_client
     from clients.edge_folder import ClientFolder
 
