@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import tomli_w
@@ -14,10 +15,11 @@ from common.edge import alone_in
 from common.processes import Child, Stop, flower_environment, free_port, until_stopped
 from common.store import write_atomically
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; each is twice the last
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before another try; each is twice the last
 SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
 LOOK_SECONDS = 15.0  # between two looks at whether the server answers
-JOINED = re.compile(r"SuperNode ID: \d+")  # what Flower 1.41 logs
+JOINED = re.compile(r"SuperNode ID: (\d+)")  # what Flower 1.41 logs
+HELD = "Failed to activate SuperNode"
 Tell = Callable[[str], None]
 
 
@@ -55,10 +57,15 @@ def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> No
 
 def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -> str:
     """Run a SuperNode until it ends or is to stop; returns why it has ended."""
+    held = []
 
     def hear(line: str) -> None:
-        if JOINED.search(line):
+        if found := JOINED.search(line):
+            with suppress(OSError):  # a full disk: a killed SuperNode is then let in again a minute later
+                write_atomically(folder.node_file, found[1].encode())
             tell(f"joined {folder.settings.address}")
+        elif HELD in line:
+            held.append(line)
 
     environment = {**flower_environment(folder.state / "flower"), "OMP_NUM_THREADS": str(threads)}
     child = Child(supernode_arguments(folder), environment, folder.state / "supernode.log", hear)
@@ -66,6 +73,8 @@ def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -
         _watch(child, folder, tell, stop)
     finally:
         child.stop()
+    if held:
+        return "the server holds this client for present: its folder is in use on another machine, or was a minute ago"
     return f"the SuperNode ended by itself (exit code {child.exit_code}, see {folder.state / 'supernode.log'})"
 
 

@@ -47,6 +47,11 @@ class ClientFolder:
     def state(self) -> Path:
         return self.path / "state"
 
+    @property
+    def node_file(self) -> Path:
+        """The id that the server knows this client by."""
+        return self.state / "node-id"
+
     def make_state(self) -> None:
         """Make the folder for what a running client keeps.
 

@@ -5,12 +5,13 @@ Run as a module: ``python -m clients.fleet PARENT_PID, and flower-supernode's ow
 
 import ssl
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 import httpx
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -35,14 +36,13 @@ def introduce(folder: ClientFolder) -> None:
     """Show our key to the server, so that what is wrong is known before a SuperNode starts.
 
     Flower holds a node whose process was killed for present for another minute and lets it in under its id only
-    then; a node we know to be our own is signed off first.
+    then; the node that was ours is signed off first.
 
     Raises:
         InputError: the server is not ours, or refuses the key.
         Unreachable: there is no answer.
     """
     key = load_client_key(folder.key_file)
-    remembered = folder.state / "node-id"
     with FleetHttpClient.from_server_address(
         folder.settings.address,
         insecure=False,
@@ -53,18 +53,18 @@ def introduce(folder: ClientFolder) -> None:
         ],
     ) as server:
         try:
-            if remembered.is_file():
-                _sign_off(server, int(remembered.read_text()))
-            request = ActivateNodeRequest(
-                public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+            # a key that is known gets as far as the interval, which is none: nothing changes at the server
+            server.ActivateNode(
+                ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=0)
             )
-            node = server.ActivateNode(request).node_id
-            remembered.write_text(str(node))
-            _sign_off(server, node)
         except httpx.HTTPStatusError as error:
-            raise _refusal(folder, error.response) from None
+            found = FlowerError.from_json(error.response.text)
+            if found is None or found.code != ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+                raise _refusal(folder, error.response) from None
         except httpx.TransportError as error:
             raise _no_connection(folder, error) from None
+        with suppress(OSError, ValueError, httpx.HTTPError):  # it was never there, or is not present
+            server.DeactivateNode(DeactivateNodeRequest(node_id=int(folder.node_file.read_text())))
 
 
 def answers(folder: ClientFolder) -> bool:
@@ -75,15 +75,6 @@ def answers(folder: ClientFolder) -> bool:
     except httpx.TransportError:
         return False
     return True
-
-
-def _sign_off(server: FleetHttpClient, node: int) -> None:
-    """Raises HTTPStatusError where the server does not know this node by our key."""
-    try:
-        server.DeactivateNode(DeactivateNodeRequest(node_id=node))
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code == httpx.codes.UNAUTHORIZED or error.response.is_server_error:
-            raise
 
 
 def _refusal(folder: ClientFolder, response: httpx.Response) -> Exception:
@@ -98,8 +89,8 @@ def _refusal(folder: ClientFolder, response: httpx.Response) -> Exception:
         if apart > CLOCK_TOLERANCE:
             return InputError(f"the clocks of this machine and of {address} are {apart} apart; set this one right")
     return InputError(
-        f"{address} refuses the key of client {folder.settings.client}: it is unknown there, was revoked, or is in use "
-        "on another machine; ask for a new folder (`fedistill edge add-client`)"
+        f"{address} refuses the key of client {folder.settings.client}: it is unknown there or was revoked; "
+        "ask for a new folder (`fedistill edge add-client`)"
     )
 
 
