@@ -56,8 +56,10 @@ class Child:
 
     @property
     def running(self) -> bool:
-        with suppress(psutil.Error):  # kept, for a dead process no longer knows its children
-            self._family = psutil.Process(self._process.pid).children(recursive=True)
+        with suppress(psutil.Error):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            if self._process.poll() is None:  # a dead process no longer knows its children: the last look counts
+                self._family = family
         return self._process.poll() is None
 
     @property

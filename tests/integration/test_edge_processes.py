@@ -151,6 +151,10 @@ def test_who_gets_in_and_who_does_not(edge, data, tmp_path):
     for path in ("/v1/control/list-nodes", "/v1/runtime/acquire-task", "/health", "/v1/fleet/../control/list-nodes"):
         assert httpx.post(outside + path, verify=trusted).status_code == 404
     assert httpx.get(f"https://127.0.0.1:{control}/health", verify=trusted).status_code == 200
+    trusted.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(httpx.ConnectError, match="(?i)protocol version"):
+        httpx.get(outside, verify=trusted)
+    trusted.maximum_version = ssl.TLSVersion.TLSv1_3
     nobody = httpx.post(
         outside + "/v1/fleet/pull-messages", verify=trusted, headers={"content-type": "application/x-protobuf"}
     )
@@ -249,6 +253,15 @@ def test_what_survives(edge, data, tmp_path):
     with Roster("127.0.0.1", control, folder.ca_file) as roster:
         assert roster.nodes().keys() == before.keys()
         assert [node.id for node in roster.nodes().values()] == [node.id for node in before.values()]
+
+    # a SuperLink that is killed: said so, and nothing of it stays
+    family = server.family()
+    next(process for process in family if "server.fleet_gate" in process.cmdline()).kill()
+    assert server.exit_code() == 1
+    assert "the SuperLink ended by itself (exit code -9)" in server.text()
+    assert not any(map(lives, family))
+    server = edge("server", folder.path, "--control-port", control)
+    server.wait_for("client 0 joined")
 
     # nothing outlives a server or a client that is killed
     for command in (server, client):
