@@ -10,6 +10,7 @@ import typer
 
 from common.config import Config, default_keys, load_config
 from common.errors import ExportFailed, InputError, Interrupted, RunFailed, place_of
+from simulations import edge_cli
 
 # read when the libraries are first imported: waiting threads sleep instead of spinning, which on a busy machine costs
 # several times the work itself; Flower does not ask the network for versions, nor reports its use
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated knowledge distillation: many clients, one shared teacher, one small student, exact scores.",
 )
+app.add_typer(edge_cli.app, name="edge")
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="keys in TOML; none: the demo")]
 Settings = Annotated[
     list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="one key; `fedistill keys` lists them")

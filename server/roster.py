@@ -1,0 +1,93 @@
+"""Who may take part, and who is there: the federation's folder held against what Flower's Control API says."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from common.edge import host_and_port
+from common.errors import RunFailed
+
+Keys = dict[int, ec.EllipticCurvePublicKey]  # by client number
+
+
+@dataclass(frozen=True)
+class Node:
+    """A client as Flower knows it. ``status``: registered, online, offline or unregistered."""
+
+    id: int
+    status: str
+
+
+class Roster:
+    """A connection to the Control API of a SuperLink on this machine."""
+
+    def __init__(self, host: str, port: int, ca_file: Path) -> None:
+        self._client = ControlHttpClient.from_server_address(
+            host_and_port(host, port),
+            insecure=False,
+            root_certificates=ca_file.read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+        self._online: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._client.close()
+
+    def answers(self) -> bool:
+        """Whether the SuperLink is up."""
+        try:
+            self._client.ListNodes(ListNodesRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+    def nodes(self) -> dict[bytes, Node]:
+        """All that were ever registered, by public key (PEM)."""
+        found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return {bytes(node.public_key): Node(node.node_id, node.status) for node in found}
+
+    def update(self, keys: Keys, revoked: Keys) -> list[str]:
+        """Register new keys, unregister revoked ones; returns a line for each thing that has happened since the last.
+
+        Raises:
+            RunFailed: the SuperLink does not answer, or refuses.
+        """
+        try:
+            return self._update(keys, revoked)
+        except httpx.HTTPError as error:
+            raise RunFailed(f"the SuperLink does not answer on its Control API ({type(error).__name__})") from None
+
+    def _update(self, keys: Keys, revoked: Keys) -> list[str]:
+        lines, nodes = [], self.nodes()
+        for number, key in keys.items():
+            if public_key_to_bytes(key) not in nodes:
+                self._client.RegisterNode(
+                    RegisterNodeRequest(public_key=public_key_to_bytes(key), name=f"client-{number}")
+                )
+                lines.append(f"client {number} registered")
+        for number, key in revoked.items():
+            node = nodes.get(public_key_to_bytes(key))
+            if node is not None and node.status != NodeStatus.UNREGISTERED:
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
+                lines.append(f"client {number} revoked: its key is refused from now on")
+        online = {
+            number
+            for number, key in keys.items()
+            if (node := nodes.get(public_key_to_bytes(key))) is not None and node.status == NodeStatus.ONLINE
+        }
+        lines += [f"client {number} joined" for number in sorted(online - self._online)]
+        lines += [f"client {number} left" for number in sorted(self._online - online - set(revoked))]
+        self._online = online
+        return lines

@@ -1,0 +1,121 @@
+"""``fedistill edge``: keys and certificates, the server, a client."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Real clients over TLS: `init` makes keys and certificates, `server` and `client` run until they are stopped.",
+)
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="a federation's folder, at the server")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="folder to make; must not be there yet")],
+    host: Annotated[str, typer.Option(help="DNS name or IP address by which clients reach the server")],
+    clients: Annotated[int, typer.Option(min=1, help="number of clients")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the server's port for clients")] = 9092,
+) -> None:
+    """Make a private CA, the server's certificate and a folder with a key for each client.
+
+    Copy DIR/clients/client-N to its machine, by a way that nobody reads along, and remove it here. DIR/ca/ca.key signs
+    server certificates: keep it off the network where you can.
+    """
+    from server.edge_folder import describe
+    from server.edge_folder import init as make
+
+    folder = make(path, host, clients, port)
+    _print(describe(folder))
+    typer.echo(f"copy each folder in {folder.path / 'clients'} to its client; then: fedistill edge server {path}")
+
+
+@app.command("add-client")
+def add_client(path: Folder) -> None:
+    """Make a folder with a key for one more client; a server that runs lets it in within seconds."""
+    from server.edge_folder import EdgeFolder
+    from server.edge_folder import add_client as add
+
+    typer.echo(f"{add(EdgeFolder.open(path))}: copy it to its client")
+
+
+@app.command()
+def revoke(
+    path: Folder, client: Annotated[str, typer.Argument(metavar="CLIENT", help="its number, or client-NUMBER")]
+) -> None:
+    """Shut a client out for good; a server that runs does so within seconds."""
+    from server.edge_folder import EdgeFolder
+    from server.edge_folder import revoke as strike
+
+    typer.echo(f"client {strike(EdgeFolder.open(path), client)} is revoked; add-client makes a new one")
+
+
+@app.command()
+def renew(path: Folder) -> None:
+    """Renew the server's certificate for another year; restart the server after it. Clients need nothing."""
+    from server.edge_folder import EdgeFolder, describe
+    from server.edge_folder import renew as sign
+
+    folder = EdgeFolder.open(path)
+    sign(folder)
+    _print(describe(folder))
+    typer.echo("a server that runs takes it when it is started again")
+
+
+@app.command()
+def show(path: Folder) -> None:
+    """Certificates, until when they hold and their serial numbers; the clients' keys."""
+    from server.edge_folder import EdgeFolder, describe
+
+    _print(describe(EdgeFolder.open(path)))
+
+
+@app.command()
+def server(
+    path: Folder,
+    bind: Annotated[str, typer.Option(help="IP address to listen on for clients; empty: all")] = "",
+    control_host: Annotated[str, typer.Option(help="loopback address of the Control API")] = "127.0.0.1",
+    control_port: Annotated[int, typer.Option(min=1, max=65535, help="port of the Control API")] = 9093,
+    exposed: Annotated[
+        bool,
+        typer.Option("--expose-control-api", help="allow a --control-host that other machines can reach"),
+    ] = False,
+) -> None:
+    """Serve clients over TLS until stopped (Ctrl-C, SIGTERM): a line when ready and when a client joins or leaves.
+
+    Clients reach the Fleet API alone. The Control API, which starts any code and has no login, listens on loopback:
+    all who have an account on this machine can reach it.
+    """
+    from server.edge_folder import EdgeFolder
+    from server.edge_server import run_server
+
+    run_server(EdgeFolder.open(path), bind, (control_host, control_port), _print_line, exposed=exposed)
+
+
+@app.command()
+def client(
+    path: Annotated[Path, typer.Argument(metavar="CLIENT_DIR", help="this client's folder, copied from the server")],
+    data: Annotated[Path, typer.Option(help="this client's private examples: CSV, JSONL or Parquet")],
+    threads: Annotated[int, typer.Option(min=0, help="for training; 0: as many as there are cores")] = 0,
+) -> None:
+    """Take part with a file of private data until stopped (Ctrl-C, SIGTERM).
+
+    This machine runs the code that the server sends: take part with servers that you trust with that.
+    """
+    from clients.edge_client import run_client
+    from clients.edge_folder import ClientFolder
+
+    run_client(ClientFolder.open(path), data, threads or os.cpu_count() or 1, _print_line)
+
+
+def _print_line(line: str) -> None:
+    """A status line, seen at once also where the output is a file."""
+    print(line, flush=True)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
