@@ -6,6 +6,7 @@ The same app runs in a simulation's workers and on an edge device.
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +17,20 @@ from flwr.clientapp import ClientApp
 
 from clients.consensus import ConsensusWorker
 from clients.general import GeneralWorker
+from clients.home import Home
 from clients.mutual import MutualWorker
-from clients.worker import Finished, Worker
+from clients.worker import ClientRefused, Finished, Worker
 from common.config import from_flat
 from common.errors import place_of
-from common.wire import Instruction, pack_reply, unpack_instruction, unpack_student
+from common.wire import (
+    ClientLine,
+    Instruction,
+    pack_joined,
+    pack_reply,
+    unpack_files,
+    unpack_instruction,
+    unpack_student,
+)
 
 app = ClientApp()
 NEEDS = ("teacher", "teacher_hash", "dataset", "student", "student_hash")  # of an instruction, what a worker is made of
@@ -37,7 +47,7 @@ def teach(message: Message, context: Context) -> Message:
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         return pack_reply({}, worker.teach(instruction.clients, finished))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.query("weigh")
@@ -47,7 +57,7 @@ def weigh(message: Message, context: Context) -> Message:
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         return pack_reply(*worker.weigh(instruction.clients, finished))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.train()
@@ -57,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         return pack_reply(*worker.train(_arrays(message, "train", instruction, worker), instruction, finished))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.evaluate()
@@ -68,7 +78,31 @@ def evaluate(message: Message, context: Context) -> Message:
         arrays = _arrays(message, "evaluate", instruction, worker)
         return pack_reply(*worker.evaluate(arrays, instruction, finished))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
+
+
+@app.query("join")
+def join(message: Message, context: Context) -> Message:
+    """On a device of its own: read the data, say how many examples there are and which models are here."""
+
+    def answer() -> Message:
+        home = home_of(context)
+        return Message(pack_joined(home.join(unpack_instruction(message.content))), reply_to=message)
+
+    return _safely(answer)
+
+
+@app.query("supply")
+def supply(message: Message, context: Context) -> Message:
+    """On a device of its own: keep a model's files."""
+
+    def answer() -> Message:
+        instruction, began = unpack_instruction(message.content), time.perf_counter()
+        home_of(context).take(instruction, unpack_files(message.content))
+        lines = [ClientLine(client, 0, time.perf_counter() - began) for client in instruction.clients]
+        return Message(pack_reply({}, lines), reply_to=message)
+
+    return _safely(answer)
 
 
 def _arrays(message: Message, kind: str, instruction: Instruction, worker: Worker) -> dict[str, Any]:
@@ -76,12 +110,13 @@ def _arrays(message: Message, kind: str, instruction: Instruction, worker: Worke
     return unpack_student(message.content, shapes) if shapes else {}
 
 
-def _answer(message: Message, work: Callable[[Instruction, Worker, Finished], RecordDict]) -> Message:
+def _answer(message: Message, context: Context, work: Callable[[Instruction, Worker, Finished], RecordDict]) -> Message:
     def answer() -> Message:
         instruction = unpack_instruction(message.content)
         if _is_over(instruction):
             raise PhaseOver
-        return Message(work(instruction, _worker(instruction), _finished(instruction)), reply_to=message)
+        worker = _worker(instruction, home_of(context) if instruction.task else None)
+        return Message(work(instruction, worker, _finished(instruction)), reply_to=message)
 
     return _safely(answer)
 
@@ -98,17 +133,35 @@ def _safely(work: Callable[[], Message]) -> Message:
     """Flower sends an exception's text to the server word for word, and a text can quote private data."""
     try:
         return work()
+    except ClientRefused as error:
+        failure = ClientFailed(str(error))
     except Exception as error:
         failure = ClientFailed(f"{type(error).__name__}{place_of(error)}")
     raise failure
 
 
-def _worker(instruction: Instruction) -> Worker:
-    needs = {name: getattr(instruction, name) for name in (*NEEDS, *(MASKED if instruction.masked else ()))}
+def home_of(context: Context) -> Home:
+    """The home of the client whose device this is.
+
+    Raises:
+        ClientRefused: this is a worker of a simulation.
+    """
+    settings = context.node_config
+    if "state" not in settings:
+        raise ClientRefused("no client has its data here")
+    threads = int(settings["threads"])
+    return Home(Path(str(settings["state"])), int(settings["client"]), Path(str(settings["data"])), threads)
+
+
+def _worker(instruction: Instruction, home: Home | None) -> Worker:
+    if home is None:
+        needs = {name: getattr(instruction, name) for name in (*NEEDS, *(MASKED if instruction.masked else ()))}
+    else:
+        needs = home.needs(instruction)
     name = json.dumps([instruction.config, needs])
     if name not in _resident:
         _resident.clear()
-        config = from_flat(json.loads(instruction.config))
+        config = from_flat(json.loads(instruction.config)) if home is None else home.config(instruction)
         kind = GeneralWorker if instruction.masked else WORKERS.get(config.server.strategy, Worker)
         _resident[name] = kind(config, **needs)
     return _resident[name]

@@ -11,8 +11,10 @@ import tomli_w
 
 from clients.edge_folder import ClientFolder, check_data
 from clients.fleet import Unreachable, answers, introduce
+from clients.home import Home, keep_teacher
 from common.edge import alone_in
 from common.processes import Child, Stop, flower_environment, free_port, until_stopped
+from common.runtime_api import make_secret
 from common.store import write_atomically
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before another try; each is twice the last
@@ -23,12 +25,13 @@ HELD = "Failed to activate SuperNode"
 Tell = Callable[[str], None]
 
 
-def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> None:
+def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell, teacher: Path | None = None) -> None:
     """Take part until asked to stop.
 
     Args:
         data: this client's private examples.
-        threads: for training.
+        threads: for training; 0: as many as the run says.
+        teacher: a folder that holds the shared teacher; None: the server sends it, once.
 
     Raises:
         InputError: folder or data are not as they must be, or the server refuses the key.
@@ -36,14 +39,18 @@ def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> No
     path = check_data(data)
     folder.make_state()
     with alone_in(folder.state, "lock", "a client runs from this folder already"), until_stopped() as stop:
-        node = {"client": folder.settings.client, "data": str(path)}
+        home = Home(folder.state, folder.settings.client, path, threads)
+        if teacher is not None:
+            tell(f"the teacher in {teacher} is {keep_teacher(home, teacher)[:16]}")
+        node = {"client": home.client, "data": str(path), "state": str(home.state), "threads": threads}
         write_atomically(folder.state / "node.toml", tomli_w.dumps(node).encode())
+        make_secret(folder.secret_file)
         wait = FIRST_WAIT
         while not stop.asked:
             began = time.monotonic()
             try:
                 introduce(folder)
-                reason = _run_supernode(folder, threads, tell, stop)
+                reason = _run_supernode(folder, tell, stop)
             except Unreachable as error:
                 reason = str(error)
             if stop.asked:
@@ -55,8 +62,8 @@ def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell) -> No
     tell("stopped")
 
 
-def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -> str:
-    """Run a SuperNode until it ends or is to stop; returns why it has ended."""
+def _run_supernode(folder: ClientFolder, tell: Tell, stop: Stop) -> str:
+    """Run a SuperNode and who works for it until it ends or is to stop; returns why it has ended."""
     held = []
 
     def hear(line: str) -> None:
@@ -67,10 +74,10 @@ def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -
         elif HELD in line:
             held.append(line)
 
-    environment = {**flower_environment(folder.state / "flower"), "OMP_NUM_THREADS": str(threads)}
-    child = Child(supernode_arguments(folder), environment, folder.state / "supernode.log", hear)
+    environment, port = flower_environment(folder.state / "flower"), free_port()
+    child = Child(supernode_arguments(folder, port), environment, folder.state / "supernode.log", hear)
     try:
-        _watch(child, folder, tell, stop)
+        _watch(child, folder, tell, stop, port)
     finally:
         child.stop()
     if held:
@@ -78,19 +85,33 @@ def _run_supernode(folder: ClientFolder, threads: int, tell: Tell, stop: Stop) -
     return f"the SuperNode ended by itself (exit code {child.exit_code}, see {folder.state / 'supernode.log'})"
 
 
-def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop) -> None:
-    """Tell when the server goes silent and when it is back; the SuperNode itself tries on without end."""
+def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop, port: int) -> None:
+    """Keep a resident worker at a SuperNode's side; tell when the server goes silent and when it is back."""
     address, silent, looked = folder.settings.address, False, time.monotonic()
-    while child.running and not stop.wait(0.5):
-        if time.monotonic() - looked < LOOK_SECONDS:
-            continue
-        looked = time.monotonic()
-        if silent == answers(folder):
-            silent = not silent
-            tell(f"{address} does not answer; trying until it does" if silent else f"{address} answers again")
+    worker = _start_resident(folder, port)
+    try:
+        while child.running and not stop.wait(0.5):
+            if not worker.running:
+                tell(f"the worker has ended (exit code {worker.exit_code}, see {folder.worker_log}); started again")
+                worker.stop()
+                worker = _start_resident(folder, port)
+            if time.monotonic() - looked < LOOK_SECONDS:
+                continue
+            looked = time.monotonic()
+            if silent == answers(folder):  # the SuperNode itself tries on without end
+                silent = not silent
+                tell(f"{address} does not answer; trying until it does" if silent else f"{address} answers again")
+    finally:
+        worker.stop()
 
 
-def supernode_arguments(folder: ClientFolder) -> list[str]:
+def _start_resident(folder: ClientFolder, port: int) -> Child:
+    arguments = ["clients.resident", str(os.getpid()), f"127.0.0.1:{port}", str(folder.state)]
+    environment = {**flower_environment(folder.state / "flower"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return Child(arguments, environment, folder.worker_log, lambda line: None)
+
+
+def supernode_arguments(folder: ClientFolder, port: int) -> list[str]:
     """The module that starts the SuperNode, and its arguments. Its own interface is open to this machine alone."""
     return [
         "clients.fleet", str(os.getpid()),
@@ -99,5 +120,7 @@ def supernode_arguments(folder: ClientFolder) -> list[str]:
         "--auth-supernode-private-key", str(folder.key_file),
         "--node-config", str(folder.state / "node.toml"),
         "--host", "127.0.0.1",
-        "--port", str(free_port()),
+        "--port", str(port),
+        "--isolation", "process",  # code that comes with a run is not started: `clients.resident` asks for the work
+        "--superexec-auth-secret-file", str(folder.secret_file),
     ]  # fmt: skip

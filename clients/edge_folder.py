@@ -48,6 +48,15 @@ class ClientFolder:
         return self.path / "state"
 
     @property
+    def secret_file(self) -> Path:
+        """Who can read it can ask this client's SuperNode for messages."""
+        return self.state / "superexec.secret"
+
+    @property
+    def worker_log(self) -> Path:
+        return self.state / "worker.log"
+
+    @property
     def node_file(self) -> Path:
         """The id that the server knows this client by."""
         return self.state / "node-id"

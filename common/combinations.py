@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.keys import ADAPTIVE, AUTO_BUDGET, FUSED, KEEPING, PUBLIC, ROBUST, VOTING, Keys
+from common.keys import ADAPTIVE, AT_CLIENTS, AUTO_BUDGET, FUSED, KEEPING, PUBLIC, ROBUST, VOTING, Keys
 
 
 def check_combinations(config: Keys) -> None:
@@ -61,9 +61,16 @@ def _check_data(config: Keys) -> None:
             f"data.public-fraction = 0.0: server.strategy = {config.server.strategy!r} learns on public text; "
             "give more than 0"
         )
-    if data.partition == "natural" and not data.partition_by:
+    if data.partition == "natural" and not (data.partition_by or data.private):
         raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
-    if config.task == "text" and not data.source:
+    if data.private:
+        against = {
+            f"data.partition = {data.partition!r}": data.partition != "natural",
+            f"data.limit = {data.limit}": data.limit > 0,
+            "task = 'toy'": config.task == "toy",
+        }
+        _refuse(f"data.private = {data.private!r}", against)
+    if config.task == "text" and not data.source and data.private != AT_CLIENTS:
         raise ValueError("data.source is empty: task = text needs a CSV, JSONL or Parquet file")
 
 

@@ -31,7 +31,8 @@ class Config(Keys):
         data = dict(values.get("data", {}))
         toy = values.get("task", "toy") == "toy"
         if data.get("partition", "auto") == "auto":
-            data["partition"] = "natural" if toy and not data.get("clients") else "dirichlet"
+            own = data.get("private") or (toy and not data.get("clients"))
+            data["partition"] = "natural" if own else "dirichlet"
         if data["partition"] == "natural" and toy and not data.get("partition-by"):
             data["partition-by"] = "domain"
         if data["partition"] != "natural" and not data.get("clients"):

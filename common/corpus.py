@@ -6,8 +6,8 @@ column and the row, never the text or the label: both may be private.
 
 import difflib
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.errors import InputError
-from common.files import Columns, read_columns, read_public
+from common.files import READERS, Columns, read_columns, read_public
 from common.hub import fetch_folder
-from common.keys import DataKeys
+from common.keys import AT_CLIENTS, DataKeys
 from common.seeding import generator
 from common.tasks import GLUE, TOY, Task, text_task
 from common.toy import toy_corpus
@@ -70,11 +70,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A task with its train table and its public validation tables (empty for a file without one)."""
+    """A task with its tables.
+
+    Attributes:
+        train: cut into public and private by the keys; all public where ``data.private`` says whose the rest is.
+        validation: public validation tables; empty for a file without one.
+        private: the clients' own tables by id, there.
+        sizes: or what clients on devices of their own have said of theirs: train and held-out examples by id.
+    """
 
     task: Task
     train: Table
     validation: dict[str, Table]
+    private: Mapping[int, Table] = field(default_factory=dict)
+    sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 def load_corpus(config: Config) -> Corpus:
@@ -89,17 +98,69 @@ def load_corpus(config: Config) -> Corpus:
         corpus = _file(config)
     else:
         corpus = _glue(config)
-    unlabelled = ~labelled(corpus.train.labels)
-    if unlabelled.any() and (config.distill.hard_weight > 0 or config.distill.weighting != "constant"):
-        row = int(np.flatnonzero(unlabelled)[0]) + 1
-        raise InputError(
-            f"{config.data.source}: row {row} has no label; give one, or set distill.hard-weight = 0 and "
-            "distill.weighting = 'constant' to learn from the teacher alone"
-        )
+    _check_labels(corpus.train, config, config.data.source)
+    if config.data.private and config.data.private != AT_CLIENTS:
+        corpus = replace(corpus, private=_private_tables(config, corpus.task))
     if config.data.limit and config.data.limit < len(corpus.train):
         chosen = generator(config.seed, "limit").permutation(len(corpus.train))[: config.data.limit]
         corpus = replace(corpus, train=corpus.train.take(np.sort(chosen)))
     return corpus
+
+
+def own_table(path: Path, task: Task, config: Config) -> Table:
+    """One client's file of private examples.
+
+    Raises:
+        InputError: it is not there, cannot be read, or does not fit the task.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a CSV, JSONL or Parquet file")
+    columns, where = read_columns(path), str(path)
+    texts = _texts(columns, task.text_columns, where, strict=task.name == "text")
+    values = _column(columns, task.label_column, where)
+    if task.name == "text":
+        cells = _cells(values, config.data)
+        labels = _file_labels(cells, task.labels, where, task.multi_label)
+    else:
+        labels = _glue_labels(values, task, where)
+    table = Table(texts, labels)
+    _check_labels(table, config, where)
+    return table
+
+
+def _private_tables(config: Config, task: Task) -> dict[int, Table]:
+    """The tables in the folder ``data.private``, numbered in the order of their files' names."""
+    told = f"data.private = {config.data.private!r}"
+    folder = Path(config.data.private).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{told}: no such folder; give one with a file for each client")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in READERS)
+    if not files:
+        raise InputError(f"{told}: no file of examples in it; give one for each client ({', '.join(READERS)})")
+    if config.data.clients not in (0, len(files)):
+        raise InputError(
+            f"data.clients = {config.data.clients}: data.private holds {len(files)} files; give 0 or {len(files)}"
+        )
+    return {client: own_table(path, task, config) for client, path in enumerate(files)}
+
+
+def _check_labels(table: Table, config: Config, where: str) -> None:
+    """Raise `InputError` for an example without a label where labels are learnt from."""
+    unlabelled = ~labelled(table.labels)
+    if unlabelled.any() and (config.distill.hard_weight > 0 or config.distill.weighting != "constant"):
+        row = int(np.flatnonzero(unlabelled)[0]) + 1
+        raise InputError(
+            f"{where}: row {row} has no label; give one, or set distill.hard-weight = 0 and "
+            "distill.weighting = 'constant' to learn from the teacher alone"
+        )
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Several tables as one, in their order; whose rows are whose is not kept."""
+    columns = tuple(
+        [text for column in each for text in column] for each in zip(*[one.texts for one in tables], strict=True)
+    )
+    return Table(columns, np.concatenate([one.labels for one in tables]))
 
 
 def _toy(config: Config) -> Corpus:
@@ -107,7 +168,7 @@ def _toy(config: Config) -> Corpus:
     for split, columns in toy_corpus(config.seed).items():
         labels = np.asarray(columns["label"], dtype=np.int64)
         owners = None
-        if config.data.partition == "natural":
+        if config.data.partition == "natural" and not config.data.private:
             given: Columns = {name: partial(list, values) for name, values in columns.items()}
             owners = _owners(given, config.data.partition_by, f"task = {config.task}")
         tables[split] = Table((columns["sentence"],), labels, owners)
@@ -138,7 +199,7 @@ def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> T
     where = f"{folder}/{split}"
     texts = _texts(columns, task.text_columns, where, strict=False)
     owners = None
-    if config is not None and config.data.partition == "natural":
+    if config is not None and config.data.partition == "natural" and not config.data.private:
         owners = _owners(columns, config.data.partition_by, where)
     return Table(texts, _glue_labels(_column(columns, task.label_column, where), task, where), owners)
 
@@ -166,7 +227,8 @@ def _file(config: Config) -> Corpus:
     texts = _texts(train, names, data.source, strict=True)
     cells = _cells(_column(train, data.label_column, data.source), data)
     classes = _classes({name for cell in cells for name in cell or ()}, data.label_column)
-    owners = _owners(train, data.partition_by, data.source) if data.partition == "natural" else None
+    natural = data.partition == "natural" and not data.private
+    owners = _owners(train, data.partition_by, data.source) if natural else None
     table = Table(texts, _file_labels(cells, classes, data.source, data.multi_label), owners)
     validation = {}
     if data.validation:

@@ -15,10 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import Config
-from common.corpus import Corpus, Table, load_corpus
+from common.corpus import Corpus, Table, joined, load_corpus
 from common.errors import InputError
 from common.hashing import hash_files, hash_json
-from common.partition import Index, Shard, Shards, cut_clients, cut_groups, cut_holdout, text_groups
+from common.partition import (
+    Index,
+    Shard,
+    Shards,
+    cut_clients,
+    cut_groups,
+    cut_holdout,
+    cut_private,
+    shards_of_sizes,
+    text_groups,
+)
 from common.progress import Progress, Silent
 from common.seeding import generator
 from common.store import build_folder
@@ -101,14 +111,20 @@ class FederatedDataset:
         return self.shards[client]
 
 
-def prepare_dataset(config: Config, tokenizer_folder: Path, cache: Path, progress: Progress) -> FederatedDataset:
-    """Read, check, cut and tokenise the data of a run, or open it where that was done before.
+def prepare_dataset(
+    config: Config, tokenizer_folder: Path, cache: Path, progress: Progress, corpus: Corpus | None = None
+) -> FederatedDataset:
+    """Check, cut and tokenise the data of a run, or open it where that was done before.
+
+    Args:
+        corpus: the data; None: read them as the keys say.
 
     Raises:
         InputError: something about the data or its keys is wrong.
     """
-    with progress.step("read the data", None):
-        corpus = load_corpus(config)
+    if corpus is None:
+        with progress.step("read the data", None):
+            corpus = load_corpus(config)
     if config.data.windows > 1 and len(corpus.task.text_columns) > 1:
         raise InputError(
             f"data.windows = {config.data.windows}: examples of task = {corpus.task.name} are pairs of texts, which "
@@ -182,10 +198,15 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def _key(config: Config, corpus: Corpus, tokenizer_folder: Path) -> str:
-    elsewhere = {"source", "validation", "text_columns", "label_column", "limit", "public_text"}
+    elsewhere = {"source", "validation", "text_columns", "label_column", "limit", "public_text", "private"}
     keys = config.data.model_dump(exclude=elsewhere)
+    own = {
+        "private": {client: table.fingerprint() for client, table in corpus.private.items()},
+        "sizes": {client: list(sizes) for client, sizes in corpus.sizes.items()},
+    }
     return hash_json(
         {
+            **(own if config.data.private else {}),
             "format": FORMAT,
             "task": asdict(corpus.task),
             "seed": config.seed,
@@ -201,17 +222,17 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     keys, tokenizer = config.data, load_tokenizer(tokenizer_folder)
     check_stride(tokenizer, keys.max_length, keys.windows, keys.stride)
     with progress.step("cut the data into clients", None):
-        public, validation, shards = _cut(config, corpus)
+        cut = _cut_private if keys.private else _cut
+        public, validation, shards = cut(config, corpus)
     share = config.data.holdout_fraction
     if share > 0 and not shards.heldout_sizes.any():
-        largest = int(np.unique(text_groups(corpus.train), return_counts=True)[1].max())
         raise InputError(
             f"data.holdout-fraction = {share}: no example can be held out, because examples that share "
-            f"a text stay together and {largest} of {len(corpus.train)} do; give other data.text-columns, or 0"
+            "a text stay together and too many do; give other data.text-columns, or 0"
         )
     for name, rows in (("public", public), ("order", shards.order), ("starts", shards.starts), ("cuts", shards.cuts)):
         np.save(folder / f"{name}.npy", rows)
-    tables = {"train": corpus.train, **validation}
+    tables = {"train": joined([corpus.train, *corpus.private.values()]), **validation}
     with progress.step("tokenise", sum(len(each) for each in tables.values())) as step:
         for name, each in tables.items():
             tokens = tokenize(
@@ -233,16 +254,30 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
     (folder / "dataset.json").write_text(json.dumps(meta, indent=1))
 
 
+def _cut_private(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], Shards]:
+    """The same where the clients have tables of their own, behind the public one."""
+    data, table = config.data, corpus.train
+    public, validation = _validation(config, corpus, np.arange(len(table)))
+    clients = data.clients or len(corpus.private)
+    groups = {client: text_groups(own) for client, own in corpus.private.items()}
+    cut = cut_private(groups, clients, data.holdout_fraction, data.min_examples, config.seed)
+    shards = replace(cut, order=cut.order + len(table))
+    if corpus.sizes:
+        shards = shards_of_sizes(np.asarray([corpus.sizes.get(client, (0, 0)) for client in range(clients)]))
+    if not shards.train_sizes.any():
+        raise InputError(
+            f"data.min-examples = {data.min_examples}: no client has that many private examples; give more of them, or "
+            "a smaller minimum"
+        )
+    return public, validation, shards
+
+
 def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], Shards]:
     """Public rows, public validation tables and every client's shard."""
     data, table = config.data, corpus.train
     groups = text_groups(table)
     public, private = cut_groups(groups, data.public_fraction, generator(config.seed, "public"))
-    validation = dict(corpus.validation)
-    if not validation and len(public):
-        scored, kept = cut_groups(groups[public], 0.2, generator(config.seed, "validation"))
-        if len(scored):
-            validation, public = {"validation": table.take(public[scored])}, public[kept]
+    public, validation = _validation(config, corpus, public)
     shards = cut_holdout(
         cut_clients(table, private, data, config.seed), groups, data.holdout_fraction, data.min_examples, config.seed
     )
@@ -252,6 +287,16 @@ def _cut(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table], Shard
             "examples; give fewer clients or a smaller minimum"
         )
     return public, validation, shards
+
+
+def _validation(config: Config, corpus: Corpus, public: Index) -> tuple[Index, dict[str, Table]]:
+    """Public rows to learn from, and the tables to score on: of the public rows where there are no others."""
+    if not corpus.validation and len(public):
+        groups = text_groups(corpus.train)[public]
+        scored, kept = cut_groups(groups, 0.2, generator(config.seed, "validation"))
+        if len(scored):
+            return public[kept], {"validation": corpus.train.take(public[scored])}
+    return public, dict(corpus.validation)
 
 
 def load_tokenizer(folder: Path) -> Any:

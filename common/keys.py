@@ -20,6 +20,7 @@ Strategy = Literal[
 ]  # fmt: skip
 STRATEGIES = get_args(Strategy)
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
+AT_CLIENTS = "at-clients"  # data.private: none of it is here
 AUTO_BUDGET = -1  # a `client.micro-budget` that is found on the device
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum")  # need each client's own update
 FUSED = ("feddf",)  # need it too
@@ -43,6 +44,11 @@ class Section(BaseModel):
 
 class DataKeys(Section):
     source: str = Field("", description="empty: the hub's nyu-mll/glue; a folder laid out like it; a file for `text`")
+    private: str = Field(
+        "",
+        description="a folder with a file of private examples for each client (CSV, JSONL or Parquet; in the order of "
+        "their names); all of data.source is then public; `at-clients`: with the clients themselves, for `edge run`",
+    )
     validation: str = Field("", description="for `text`: a file scored at the server; empty: part of the public split")
     clients: int = Field(0, ge=0, description="number of clients; 0: 10, or one per value for `natural`")
     partition: Literal["auto", "iid", "dirichlet", "shards", "zipf", "natural"] = Field(

@@ -6,7 +6,7 @@ equal those of `flwr-datasets`' partitioners row for row, without their dataset 
 clients are cut in the time of two hundred. Everything follows from the seed and the order of the table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,6 +66,42 @@ class Shards:
     def heldout_sizes(self) -> Index:
         """(clients,) examples each client only scores."""
         return np.asarray(self.starts[1:] - self.cuts)
+
+
+def cut_private(groups: Mapping[int, NDArray[np.int64]], clients: int, share: float, minimum: int, seed: int) -> Shards:
+    """Shards of clients that hold tables of their own: each is cut as if there were no other.
+
+    So a client that knows its own table alone finds the same cut, and whether two of them share a text tells nobody.
+
+    Args:
+        groups: by client id `text_groups` of its table; the others have no rows. Tables lie one behind the other.
+    """
+    sizes = np.zeros((clients, 2), dtype=np.int64)
+    order, start = [np.empty(0, np.int64)], 0
+    for client, own in sorted(groups.items()):
+        if len(own) >= minimum:
+            heldout = _heldout(own, client, share, seed)
+            sizes[client] = len(own) - heldout.sum(), heldout.sum()
+            order.append(start + np.argsort(heldout, kind="stable"))
+        start += len(own)
+    return shards_of_sizes(sizes, np.concatenate(order))
+
+
+def shards_of_sizes(sizes: Index, order: Index | None = None) -> Shards:
+    """Shards of so many (clients, 2) train and held-out examples, whose rows are these, or are not here."""
+    starts = np.concatenate([[0], np.cumsum(sizes.sum(axis=1))]).astype(np.int64)
+    return Shards(np.empty(0, np.int64) if order is None else order, starts, starts[:-1] + sizes[:, 0])
+
+
+def _heldout(groups: NDArray[np.int64], client: int, share: float, seed: int) -> NDArray[np.bool_]:
+    """(n,) which of a client's rows are held out: groups in an order drawn for it, while they fit into the share."""
+    names, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    target = min(max(round(share * len(groups)), 1 if share > 0 else 0), len(groups) - 1)
+    chosen, held = np.zeros(len(names), dtype=np.bool_), 0
+    for name in generator(seed, "holdout", client).permutation(len(names)).tolist():
+        if held + counts[name] <= target:
+            chosen[name], held = True, held + int(counts[name])
+    return chosen[inverse]
 
 
 def text_groups(table: Table) -> NDArray[np.int64]:

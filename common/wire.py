@@ -24,6 +24,8 @@ MAX_EXAMPLES = 2**31 - 1  # of one client
 LOSSES = (
     "loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss", "mlm_loss",
 )  # fmt: skip
+MODEL_FILE = re.compile(r"[a-z_]{1,40}\.(json|txt|safetensors|model)")  # a name that a file of a model has
+MAX_HELD = 1000  # hashes of models that a client may say it has
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
 
 
@@ -49,6 +51,8 @@ class Instruction:
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
         host: the machine on which the scoreboard lies; no other looks for it.
+        task: for a client on a device of its own, which has its own data, what they are to look like, as JSON
+            (`Task`). Such a client gets no folder or key of the server's; it finds teacher and student by their hashes.
     """
 
     run: str
@@ -66,6 +70,25 @@ class Instruction:
     masked_hash: str = ""
     scoreboard: str = ""
     host: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a client on a device of its own says before round 1.
+
+    Attributes:
+        client: its id.
+        train, heldout: how many of its examples it trains on and only scores.
+        held: hashes of the teachers and students that it has.
+        version: of its fedistill.
+    """
+
+    client: int
+    train: int
+    heldout: int
+    held: tuple[str, ...]
+    version: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +128,7 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     told = asdict(instruction)
-    for name in ("token_budget", "masked", "masked_hash"):
+    for name in ("token_budget", "masked", "masked_hash", "task"):
         if not told[name]:
             del told[name]
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
@@ -192,6 +215,51 @@ def _some_update(content: RecordDict, group: str, shapes: Shapes) -> dict[str, N
     whole = {name: (len(index[name]), *shape[1:]) if name in index else shape for name, shape in shapes.items()}
     arrays = _arrays(content, group, {**whole, **some}, np.dtype(np.int64))
     return {name: Rows(index[name], arrays[name]) if name in index else arrays[name] for name in shapes}
+
+
+def pack_joined(joined: Joined) -> RecordDict:
+    """Content of a client's answer to being asked to join."""
+    return RecordDict({"joined": ConfigRecord({"json": json.dumps(asdict(joined))})})
+
+
+def unpack_joined(content: RecordDict, client: int) -> Joined:
+    """The answer of this client. Raises `WireError` for another's, and for impossible numbers or names."""
+    if set(content) != {"joined"}:
+        raise WireError("not one record of joining alone")
+    try:
+        found = Joined(**json.loads(_config_text(content, "joined")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"joining: not readable ({type(error).__name__})") from None
+    if type(found.client) is not int or found.client != client:
+        raise WireError(f"joining: not from client {client}")
+    for count in (found.train, found.heldout):
+        if type(count) is not int or not 0 <= count <= MAX_EXAMPLES:
+            raise WireError(f"joining: a count of examples is not a whole number from 0 to {MAX_EXAMPLES}")
+    if not isinstance(found.held, list) or len(found.held) > MAX_HELD or not all(map(_is_hash, found.held)):
+        raise WireError("joining: not a short list of hashes")
+    if not isinstance(found.version, str) or not re.fullmatch(r"[\w.+-]{1,40}", found.version):
+        raise WireError("joining: the version is not a short word")
+    return Joined(client, found.train, found.heldout, tuple(found.held), found.version)
+
+
+def unpack_files(content: RecordDict) -> dict[str, bytes]:
+    """A model's files by name. Raises `WireError` for names that no model's file has, and for anything but bytes."""
+    record = content.get("student")
+    if not isinstance(record, ArrayRecord) or not len(record):
+        raise WireError("files: not there or no arrays")
+    files = {}
+    for name, array in record.items():
+        if not MODEL_FILE.fullmatch(name):
+            raise WireError(f"files: {_printable(name)}: not a name that a model's file has")
+        data = _decode_any(array, name)
+        if data.dtype != np.uint8 or data.ndim != 1:
+            raise WireError(f"files: {name}: not bytes")
+        files[name] = data.tobytes()
+    return files
+
+
+def _is_hash(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def own_update(client: int) -> str:

@@ -79,6 +79,16 @@ class EdgeFolder:
     def state(self) -> Path:
         return self.path / "state"
 
+    @property
+    def secret_file(self) -> Path:
+        """Who can read it can take the server's part in a run."""
+        return self.state / "superexec.secret"
+
+    @property
+    def control_file(self) -> Path:
+        """Where the running server's Control API is; absent when none runs."""
+        return self.state / "control.toml"
+
     def authority(self) -> Issued:
         """The authority, with its key.
 

@@ -6,10 +6,12 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.edge import alone_in, host_and_port
+from common.edge import Endpoint, alone_in, host_and_port
 from common.errors import InputError, RunFailed
 from common.pki import names_of
 from common.processes import Child, Stop, flower_environment, until_stopped
+from common.runtime_api import make_secret
+from common.store import write_atomically
 from server.edge_folder import EdgeFolder, days_left
 from server.roster import Roster
 
@@ -92,6 +94,7 @@ def _check_free(host: str, port: int) -> None:
 
 def _serve(folder: EdgeFolder, fleet: tuple[str, int], control: tuple[str, int], tell: Tell, stop: Stop) -> None:
     log = folder.state / "superlink.log"
+    make_secret(folder.secret_file)
     arguments = superlink_arguments(folder, fleet, control)
     child = Child(arguments, flower_environment(_home(folder)), log, lambda line: None)
     try:
@@ -105,6 +108,7 @@ def _serve(folder: EdgeFolder, fleet: tuple[str, int], control: tuple[str, int],
                 waited += 0.2
             for line in roster.update(folder.admitted(), folder.revoked()):
                 tell(line)
+            write_atomically(folder.control_file, Endpoint(host=control[0], port=control[1]).toml())
             tell(f"ready: clients connect to {folder.endpoint.address}; {len(folder.admitted())} may take part")
             while not stop.wait(POLL_SECONDS):
                 if not child.running:
@@ -112,6 +116,7 @@ def _serve(folder: EdgeFolder, fleet: tuple[str, int], control: tuple[str, int],
                 for line in roster.update(folder.admitted(), folder.revoked()):
                     tell(line)
     finally:
+        folder.control_file.unlink(missing_ok=True)
         child.stop()
     tell("stopped")
 
@@ -127,6 +132,8 @@ def superlink_arguments(folder: EdgeFolder, fleet: tuple[str, int], control: tup
         "--enable-supernode-auth",
         "--database", str(folder.state / "superlink.db"),
         "--disable-runtime-dependency-installation",
+        "--isolation", "process",  # nobody starts code that came with a run: `edge run` takes the server's part
+        "--superexec-auth-secret-file", str(folder.secret_file),
     ]  # fmt: skip
 
 

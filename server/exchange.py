@@ -22,10 +22,13 @@ from common.progress import Progress, Step
 from common.store import cache_folder
 from common.wire import ClientLine, Instruction, message_bytes, pack, pack_arrays
 from server.assignment import FIXED_EXAMPLES, assign
+from server.joining import keys_for_clients, task_text
 from server.phase import Phase
 from server.preparation import Federation
+from server.reply import reason_of
 
 NAMES = {
+    "query.supply": "send models",
     "query.teach": "teacher outputs",
     "query.weigh": "weigh heads and neurons",
     "train": "train",
@@ -154,7 +157,7 @@ class Exchange:
         self._display = self.progress.step(f"round {round_number}/{self.config.rounds} {NAMES[kind]}", self.phase.goal)
         self._step = self._display.__enter__()
         self._step.info(info)
-        lists = assign(clients, self.sizes, self._alive(grid), self.speeds)
+        lists = self._lists(clients, grid)
         single = self.phase.goal < len(clients)
         return self._messages(
             [(node, part) for node, chosen in lists.items() for part in self._parts(kind, chosen, single=single)]
@@ -230,7 +233,10 @@ class Exchange:
         if reply.has_error():
             self._failing.add(node)
             self._lose(clients, blamed=True)
-            phase.fail(clients, _reason(reply))
+            phase.fail(clients, reason_of(reply))
+            return
+        if reply.metadata.src_node_id != node:
+            phase.reject(clients, "its answer came from another node")
             return
         phase.bytes_up += message_bytes(reply)
         try:
@@ -257,12 +263,22 @@ class Exchange:
             if not blamed or len(clients) > 1 or len(phase.tried[client]) < CHANCES:
                 self._again[client] = blamed
 
+    def _lists(self, clients: Sequence[int], grid: Any) -> dict[int, tuple[int, ...]]:
+        """The clients that each node works for: on a device of its own a client by itself."""
+        homes = self.federation.homes
+        if not homes:
+            return assign(clients, self.sizes, self._alive(grid), self.speeds)
+        return {homes[client]: (client,) for client in clients}
+
     def _second_chance(self, phase: Phase, grid: Any, size: int) -> list[Message]:
         """Messages for lost clients in lists of this size, to other nodes where there are any.
 
         Whoever only waited behind another goes first, and never beside one that may be to blame again.
         """
-        alive, again, self._again = self._alive(grid), self._again, {}
+        again, self._again = self._again, {}
+        if self.federation.homes:
+            return self._messages([(self.federation.homes[client], (client,)) for client in sorted(again)])
+        alive = self._alive(grid)
         load = dict.fromkeys(alive, 0)
         lists: dict[tuple[bool, int], list[int]] = {}
         for client in sorted(again):
@@ -286,7 +302,8 @@ class Exchange:
         assert phase is not None
         self._sent = []
         for node, clients in lists:
-            content = pack(self._instruction(phase.round, tuple(clients)), self._student(clients))
+            instruct = self._instruction_from_afar if self.federation.homes else self._instruction
+            content = pack(instruct(phase.round, tuple(clients)), self._student(clients))
             message = Message(content, dst_node_id=node, message_type=phase.kind)
             self._sent.append(Sent(message, node, tuple(clients)))
             phase.bytes_down += message_bytes(message)
@@ -350,15 +367,23 @@ class Exchange:
             host=socket.gethostname(),
         )
 
+    def _instruction_from_afar(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
+        """The same for a client on a device of its own: no folder of ours, no key of what lies here."""
+        return Instruction(
+            run=self.run,
+            round=round_number,
+            config=keys_for_clients(self.config),
+            clients=clients,
+            feedback=tuple(self.feedback.get(client, 0) for client in clients),
+            teacher="",
+            teacher_hash=self.federation.teacher.hash,
+            dataset="",
+            student="",
+            student_hash=self.federation.pupil.hash,
+            token_budget=self.token_budget,
+            task=task_text(self.data.task),
+        )
+
 
 def _split(clients: Sequence[int], size: int) -> list[Sequence[int]]:
     return [clients[start : start + size] for start in range(0, len(clients), size)]
-
-
-def _reason(reply: Message) -> str:
-    """A node's error in a few words: Flower wraps what the ClientApp raised in two texts of its own."""
-    # what is not printable could play with the terminal that shows it
-    words = " ".join("".join(one if one.isprintable() else " " for one in reply.error.reason or "").split())
-    if "ActorDied" in words or "ActorUnavailable" in words or "WorkerCrashed" in words:
-        return "its worker process died"
-    return words.rsplit(":<'", 1)[-1].rsplit("Message: ", 1)[-1].removesuffix("'>").strip()[:120] or "no reason given"

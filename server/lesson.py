@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import Config
+from common.corpus import Corpus
 from common.dataset import FederatedDataset, prepare_dataset
 from common.device import Compute, choose_compute
 from common.errors import InputError
@@ -33,7 +34,7 @@ class Lesson:
     text: tuple[str, ...] = ()
 
 
-def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) -> Lesson:
+def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, corpus: Corpus | None = None) -> Lesson:
     """Read and cut the data, take or fine-tune the teacher, score it.
 
     Raises:
@@ -43,7 +44,7 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress) ->
     check_length(source, config.data.max_length)
     cache = cache_folder(config.runtime.cache)
     text = tuple(load_public_text(config))
-    data = prepare_dataset(config, source.folder, cache, progress)
+    data = prepare_dataset(config, source.folder, cache, progress, corpus)
     check_clients(config, data)
     if config.student.general_epochs and not text and not len(data.public):
         raise InputError(

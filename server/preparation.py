@@ -3,6 +3,7 @@
 Everything that can be wrong with the input is found here, before a worker starts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.config import Config
+from common.corpus import Corpus
 from common.dataset import FederatedDataset
 from common.device import Compute
 from common.errors import InputError
@@ -37,12 +39,17 @@ class Federation:
         masked: the teacher of general rounds, where there are some.
         tiers: it and the smaller ones inside it.
         tier_of: (clients,) the tier that each client holds.
+        homes: the Flower node of each client where every client has a device of its own; empty: any node can work
+            for any client.
+        held: hashes of the models that these devices have, by client.
     """
 
     config: Config
     lesson: Lesson
     pupil: Pupil
     masked: MaskedTeacher | None = None
+    homes: Mapping[int, int] = field(default_factory=dict)
+    held: dict[int, set[str]] = field(default_factory=dict)
     tiers: Tiers = field(init=False)
     tier_of: NDArray[np.int64] = field(init=False)
 
@@ -97,8 +104,11 @@ class Federation:
         return self._tiers(self.final_student(), narrowed(self.config, self.pupil.shape)).shapes
 
 
-def prepare(config: Config, progress: Progress) -> Federation:
+def prepare(config: Config, progress: Progress, corpus: Corpus | None = None) -> Federation:
     """Everything up to round 1: the lesson, and the student cut from its teacher.
+
+    Args:
+        corpus: the data; None: read them as the keys say.
 
     Raises:
         InputError: a key, a file or the combination of both is wrong.
@@ -111,7 +121,7 @@ def prepare(config: Config, progress: Progress) -> Federation:
         pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers), key)
     check_windows(config)
     masked = prepare_masked_teacher(source) if config.distill.general_rounds else None
-    lesson = prepare_lesson(config, source, progress)
+    lesson = prepare_lesson(config, source, progress, corpus)
     pupil = prepare_student(config, lesson, progress)
     lesson.model.to("cpu")
     return Federation(config, lesson, pupil, masked)

@@ -58,6 +58,19 @@ class Roster:
         found = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {bytes(node.public_key): Node(node.node_id, node.status) for node in found}
 
+    def homes(self, keys: Keys) -> dict[int, int]:
+        """The node of each client with one of these keys, by client number.
+
+        Raises:
+            RunFailed: the SuperLink does not answer.
+        """
+        try:
+            nodes = self.nodes()
+        except httpx.HTTPError as error:
+            raise _silent(error) from None
+        found = {number: nodes.get(public_key_to_bytes(key)) for number, key in keys.items()}
+        return {number: node.id for number, node in found.items() if node is not None}
+
     def update(self, keys: Keys, revoked: Keys) -> list[str]:
         """Register new keys, unregister revoked ones; returns a line for each thing that has happened since the last.
 
@@ -67,7 +80,7 @@ class Roster:
         try:
             return self._update(keys, revoked)
         except httpx.HTTPError as error:
-            raise RunFailed(f"the SuperLink does not answer on its Control API ({type(error).__name__})") from None
+            raise _silent(error) from None
 
     def _update(self, keys: Keys, revoked: Keys) -> list[str]:
         lines, nodes = [], self.nodes()
@@ -91,3 +104,7 @@ class Roster:
         lines += [f"client {number} left" for number in sorted(self._online - online - set(revoked))]
         self._online = online
         return lines
+
+
+def _silent(error: httpx.HTTPError) -> RunFailed:
+    return RunFailed(f"the SuperLink does not answer on its Control API ({type(error).__name__})")

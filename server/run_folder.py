@@ -8,13 +8,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from common.config import Config
+from common.config import Config, load_config
 from common.errors import InputError
 from common.store import write_atomically
 
@@ -58,6 +58,11 @@ class RunFolder:
         if self.resumed and summary.is_file():  # it would speak of a run that goes on
             self._before[summary.name] = summary.read_bytes()
             summary.unlink()
+
+    def take_up(self) -> None:
+        """Go on with the run in this process, from its last checkpoint."""
+        self.resumed = True
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -122,6 +127,25 @@ class RunFolder:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as stream:
             stream.write(json.dumps(finite(line)) + "\n")
+
+
+def keys_of_run(config: Path | None, settings: Sequence[str], out: Path | None, *, resume: bool) -> Config:
+    """The keys that were given; to continue the run in ``out``, its own, and these may only repeat them or add rounds.
+
+    Raises:
+        InputError: a key is wrong, or differs from the run's.
+    """
+    if not resume:
+        return load_config(config, settings)
+    if out is None:
+        raise InputError("--resume: give the run's folder with --out")
+    kept = out / "config.toml"
+    if not kept.is_file():  # killed before it began
+        return load_config(config, settings)
+    before = load_config(kept)
+    keys = load_config(config, settings, base=before)
+    check_resumed(before, keys, out)
+    return keys
 
 
 def check_resumed(before: Config, now: Config, path: Path) -> None:

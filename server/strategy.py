@@ -40,6 +40,7 @@ from server.preparation import Federation
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, random_width
+from server.supplies import files_of
 from server.validation import validate
 
 METHODS: dict[str, type[Averaging]] = {"feddf": FedDF, "fedmd": Consensus, "ds-fl": Consensus}
@@ -193,9 +194,27 @@ class FederatedDistillation(Strategy):
 
     # --- parts of a round -----------------------------------------------------------------------
 
+    def _supply(self, number: int, clients: Sequence[int], grid: Any) -> None:
+        """Send clients on devices of their own the teacher and the student that they do not have yet."""
+        federation = self.federation
+        models = {federation.teacher.hash: federation.teacher.folder, federation.pupil.hash: federation.pupil.folder}
+        for name, folder in models.items():
+            lacking = [client for client in clients if name not in federation.held[client]]
+            if not lacking:
+                continue
+            messages = self.exchange.open("query.supply", number, lacking, grid=grid, arrays=files_of(folder), info="")
+            replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
+            phase = self.exchange.collect(grid, replies, _take_lines)
+            self._count(phase)
+            for client in phase.accepted:
+                federation.held[client].add(name)
+            self.folder.add_line({"round": number, "phase": "supply", "clients": len(lacking), **phase.faults()})
+
     def _ask(
         self, kind: str, number: int, clients: Sequence[int], grid: Grid, *, goal: int | None = None
     ) -> list[Message]:
+        if self.federation.homes:
+            self._supply(number, clients, grid)
         arrays = self.method.sends(kind, number, self.weights, self.optimizer)
         return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
 
@@ -206,12 +225,7 @@ class FederatedDistillation(Strategy):
             return
         messages = self._ask("query.teach", number, new, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
-
-        def take(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
-            unpack_sums(content, {})
-            return unpack_lines(content, clients), {}
-
-        phase = self.exchange.collect(grid, replies, take)
+        phase = self.exchange.collect(grid, replies, _take_lines)
         self._count(phase)
         self.taught.update(phase.accepted)
         self.folder.add_line({"round": number, "phase": "teach", "clients": len(new), **phase.faults()})
@@ -378,3 +392,9 @@ class FederatedDistillation(Strategy):
         kept = "" if math.isnan(share) else f" ({share:.1%} kept)"
         public = f", validation {history.validation[metric]:.4f}" if metric in history.validation else ""
         return f"{self._latest()}{kept}{public}"
+
+
+def _take_lines(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
+    """The clients' lines, where nothing else is expected."""
+    unpack_sums(content, {})
+    return unpack_lines(content, clients), {}

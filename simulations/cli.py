@@ -44,25 +44,12 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a whole federation on this machine: workers on Ray, one table at the end."""
-    keys = _keys_to_resume(config, settings or [], out) if resume else load_config(config, settings or [])
+    from server.run_folder import keys_of_run
     from simulations.simulate import simulate as run
 
+    keys = keys_of_run(config, settings or [], out, resume=resume)
+
     run(keys, out, resume=resume)
-
-
-def _keys_to_resume(config: Path | None, settings: list[str], out: Path | None) -> Config:
-    """The keys of the run in ``out``; what is given besides may only repeat them, or add rounds."""
-    if out is None:
-        raise InputError("--resume: give the run's folder with --out")
-    kept = out / "config.toml"
-    if not kept.is_file():  # killed before it began
-        return load_config(config, settings)
-    from server.run_folder import check_resumed
-
-    before = load_config(kept)
-    keys = load_config(config, settings, base=before)
-    check_resumed(before, keys, out)
-    return keys
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """``fedistill edge``: keys and certificates, the server, a client."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -99,16 +98,44 @@ def server(
 def client(
     path: Annotated[Path, typer.Argument(metavar="CLIENT_DIR", help="this client's folder, copied from the server")],
     data: Annotated[Path, typer.Option(help="this client's private examples: CSV, JSONL or Parquet")],
-    threads: Annotated[int, typer.Option(min=0, help="for training; 0: as many as there are cores")] = 0,
+    teacher: Annotated[Path | None, typer.Option(help="a folder with the shared teacher; without, it is sent")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="for training; 0: as many as the run says")] = 0,
 ) -> None:
     """Take part with a file of private data until stopped (Ctrl-C, SIGTERM).
 
-    This machine runs the code that the server sends: take part with servers that you trust with that.
+    This machine runs the code that is installed here, never code that the server sends. What comes and goes is noted in
+    CLIENT_DIR/state/audit.jsonl.
     """
     from clients.edge_client import run_client
     from clients.edge_folder import ClientFolder
 
-    run_client(ClientFolder.open(path), data, threads or os.cpu_count() or 1, _print_line)
+    run_client(ClientFolder.open(path), data, threads, _print_line, teacher)
+
+
+@app.command()
+def run(  # noqa: PLR0917 (options of a command)
+    path: Folder,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="keys that differ from the defaults")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("-s", metavar="KEY=VALUE", help="one key; may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the run (default: runs/TASK-TIME)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    least: Annotated[int, typer.Option("--min-clients", min=0, help="begin with so many after --wait; 0: all")] = 0,
+    wait: Annotated[float, typer.Option(min=1, help="seconds to wait for clients before round 1")] = 300.0,
+) -> None:
+    """Run a federation of the clients that take part, and write the folder that `simulate` writes.
+
+    data.source is public text, at this server; the private texts stay where they are. `edge server` must be running.
+    """
+    from server.edge_folder import EdgeFolder
+    from server.run_folder import keys_of_run
+    from simulations.edge_run import run_on_edge
+
+    keys = keys_of_run(config, settings or [], out, resume=resume)
+    run_on_edge(EdgeFolder.open(path), keys, out, resume=resume, least=least, wait=wait)
 
 
 def _print_line(line: str) -> None:

@@ -22,6 +22,7 @@ from simulations.runtime import GRACE_SECONDS, ends_within, kill_children, kill_
 from simulations.table import result_table
 
 INTERRUPTED = 130
+Work = Callable[[Progress, Callable[[], None], threading.Event], dict[str, Any]]
 
 
 def simulate(config: Config, out: Path | None, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -33,17 +34,34 @@ def simulate(config: Config, out: Path | None, *, resume: bool = False, quiet: b
         Interrupted: likewise.
     """
     folder = RunFolder(out or default_folder(config), config, resume=resume)
+
+    def work(progress: Progress, prepared: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
+        from server.preparation import prepare
+
+        federation = prepare(config, progress)
+        prepared()
+        say_what_runs(progress, config, federation)
+        return _run(federation, folder, progress, stop)
+
+    return in_foreground(folder, config, work, quiet=quiet)
+
+
+def in_foreground(folder: RunFolder, config: Config, work: Work, *, quiet: bool = False) -> dict[str, Any]:
+    """Do the work of a run in front of the user, show how it has ended and return its summary.
+
+    Args:
+        work: gets the display, a function to call when all is prepared, and what is set when the user wants a stop
+            from then on; before, KeyboardInterrupt is raised.
+
+    Raises:
+        InputError, RunFailed, Interrupted: as `simulate`.
+    """
     stop = threading.Event()
     with chatter_in(folder.path / "log.txt") as console:
         progress = Silent() if quiet else progress_for(console)
         try:
             with _signals(stop) as prepared, told_in(folder, config):
-                from server.preparation import prepare
-
-                federation = prepare(config, progress)
-                prepared()
-                _say_what_runs(progress, config, federation)
-                summary = _run(federation, folder, progress, stop)
+                summary = work(progress, prepared, stop)
         except (InputError, RunFailed):
             raise
         except (KeyboardInterrupt, Interrupted):
@@ -129,7 +147,7 @@ def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
         ear.close()
 
 
-def _say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
+def say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     data = federation.data
     left_out = data.clients - len(data.eligible)
     note = f", {left_out} left out with too few examples of their own" if left_out else ""

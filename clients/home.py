@@ -1,0 +1,180 @@
+"""A client on a device of its own: its data file, and the folder where it keeps models, caches and its record.
+
+state/home.toml             which client this is, its data file, its limits
+state/teachers/HASH/        teachers it was sent, or given with --teacher, by the hash of their weights
+state/cache/                tokenised data, teacher outputs, students, and what it needs from round to round
+state/joined.json           hash of the data that it has joined with
+state/audit.jsonl           what has come and gone, without any content
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clients.worker import ClientRefused
+from common.config import Config, from_flat
+from common.corpus import Corpus, Table, own_table
+from common.dataset import prepare_dataset
+from common.errors import InputError
+from common.hashing import hash_tensors
+from common.models import load_teacher
+from common.partition import cut_private, text_groups
+from common.progress import Silent
+from common.store import build_folder, write_atomically
+from common.tasks import Task
+from common.version import FEDISTILL
+from common.wire import Instruction, Joined
+
+
+@dataclass(frozen=True)
+class Home:
+    """What belongs to one client on its own device.
+
+    Attributes:
+        state: the folder.
+        client: its id.
+        data: its file of private examples.
+        threads: for training; 0: as many as the run says.
+    """
+
+    state: Path
+    client: int
+    data: Path
+    threads: int
+
+    @property
+    def cache(self) -> Path:
+        return self.state / "cache"
+
+    @property
+    def teachers(self) -> Path:
+        return self.state / "teachers"
+
+    @property
+    def students(self) -> Path:
+        return self.cache / "students"
+
+    def config(self, instruction: Instruction) -> Config:
+        """The run's keys, with this device's own in place of the server's."""
+        flat: dict[str, Any] = json.loads(instruction.config)
+        own = {"runtime.cache": str(self.cache), "runtime.workers": 1, "runtime.device": "auto"}
+        return from_flat({**flat, **own, **({"runtime.threads": self.threads} if self.threads else {})})
+
+    def join(self, instruction: Instruction) -> Joined:
+        """Read and cut the data; remember which they were.
+
+        Raises:
+            ClientRefused: the data do not fit the task, or this is another client's question.
+        """
+        self._is_asked(instruction)
+        config, task = self.config(instruction), task_of(instruction)
+        table = self._table(config, task)
+        cut = cut_private(
+            {self.client: text_groups(table)}, config.data.clients, config.data.holdout_fraction,
+            config.data.min_examples, config.seed,
+        )  # fmt: skip
+        write_atomically(self.state / "joined.json", json.dumps({"data": table.fingerprint()}).encode())
+        held = sorted(path.name for folder in (self.teachers, self.students) for path in _folders(folder))
+        sizes = int(cut.train_sizes[self.client]), int(cut.heldout_sizes[self.client])
+        return Joined(self.client, *sizes, tuple(held), FEDISTILL)
+
+    def take(self, instruction: Instruction, files: dict[str, bytes]) -> None:
+        """Keep a model that was sent, after it has been opened and found to be the one that was promised.
+
+        Raises:
+            ClientRefused: it is another one, or does not open.
+        """
+        self._is_asked(instruction)
+        student = "shape.json" in files
+        name = instruction.student_hash if student else instruction.teacher_hash
+        with build_folder((self.students if student else self.teachers) / name) as draft:
+            if draft is None:
+                return
+            for file, data in files.items():
+                (draft / file).write_bytes(data)
+            if student:
+                return  # opened, and compared, by who works with it
+            if _weights_hash(draft) != name:
+                raise ClientRefused("the teacher that was sent is not the one that was promised")
+
+    def needs(self, instruction: Instruction) -> dict[str, str]:
+        """What a worker is made of, as it lies here.
+
+        Raises:
+            ClientRefused: teacher or student are not here, or the data are not those that it has joined with.
+        """
+        self._is_asked(instruction)
+        teacher = self.teachers / instruction.teacher_hash
+        if not teacher.is_dir():
+            raise ClientRefused("the teacher of this run is not here")
+        if not (self.students / instruction.student_hash).is_dir():
+            raise ClientRefused("the student of this run is not here")
+        return {
+            "teacher": str(teacher),
+            "teacher_hash": instruction.teacher_hash,
+            "dataset": self._dataset(instruction, teacher),
+            "student": instruction.student_hash,
+            "student_hash": instruction.student_hash,
+        }
+
+    def _dataset(self, instruction: Instruction, tokenizer: Path) -> str:
+        config, task = self.config(instruction), task_of(instruction)
+        table = self._table(config, task)
+        if self._joined_with() != table.fingerprint():
+            raise ClientRefused("its data are not those that it has joined with; start the run again")
+        empty = Table(tuple([] for _ in table.texts), table.labels[:0])
+        corpus = Corpus(replace(task, validation=()), empty, {}, private={self.client: table})
+        return prepare_dataset(config, tokenizer, self.cache, Silent(), corpus).key
+
+    def _joined_with(self) -> str:
+        try:
+            return str(json.loads((self.state / "joined.json").read_text())["data"])
+        except (OSError, ValueError, KeyError):
+            raise ClientRefused("it has not joined this run") from None
+
+    def _table(self, config: Config, task: Task) -> Table:
+        try:
+            return own_table(self.data, task, config)
+        except InputError as error:  # names the file, the column and the row, never what stands there
+            raise ClientRefused(_without_place(str(error), self.data)) from None
+
+    def _is_asked(self, instruction: Instruction) -> None:
+        if instruction.clients != (self.client,):
+            raise ClientRefused(f"this is client {self.client}, and another was asked")
+
+
+def task_of(instruction: Instruction) -> Task:
+    """The task that an instruction describes."""
+    told = json.loads(instruction.task)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return Task(**fields)
+
+
+def keep_teacher(home: Home, folder: Path) -> str:
+    """Have a teacher from a folder of this machine, so that it need not be sent; returns the hash of its weights.
+
+    Raises:
+        InputError: it does not open.
+    """
+    name = _weights_hash(folder)
+    with build_folder(home.teachers / name) as draft:
+        if draft is not None:
+            for path in folder.iterdir():
+                if path.is_file() and path.suffix in (".json", ".txt", ".safetensors", ".model"):
+                    (draft / path.name).write_bytes(path.read_bytes())
+    return name
+
+
+def _weights_hash(folder: Path) -> str:
+    return hash_tensors(load_teacher(folder, key="--teacher").state_dict())
+
+
+def _folders(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.is_dir() and len(path.name) == 64 and not path.name.startswith(".")]
+
+
+def _without_place(text: str, path: Path) -> str:
+    """An error's text for the server: which file it is on this machine is nobody's business."""
+    return text.replace(str(path), "its data file")[:200]

@@ -1,0 +1,173 @@
+"""A run on a federation's SuperLink, worked from this process as Flower's ServerApp process would."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import tomli_w
+from flwr.app import Message
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from common.edge import Endpoint
+from common.errors import InputError, Interrupted, RunFailed
+from common.runtime_api import TaskDesk, working
+from common.version import FEDISTILL
+from server.edge_folder import EdgeFolder
+from server.roster import Roster
+
+POLL_SECONDS = 0.1
+START_SECONDS = 30.0
+
+
+class LinkLost(RunFailed):
+    """The SuperLink does not answer, or no longer knows the run."""
+
+
+class EdgeGrid:
+    """The nodes of a run; where the SuperLink is lost, that is said in one way."""
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> list[int]:
+        return sorted(self._ask(self._grid.get_node_ids))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = list(self._ask(lambda: self._grid.push_messages(list(messages))))
+        if not all(ids):
+            raise LinkLost("the SuperLink takes no message for some of the nodes")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return list(self._ask(lambda: self._grid.pull_messages(list(message_ids))))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except httpx.HTTPError as error:
+            raise LinkLost(f"the SuperLink does not answer ({type(error).__name__})") from None
+
+
+@contextmanager
+def edge_run(folder: EdgeFolder, stopped: Callable[[], bool]) -> Iterator[EdgeGrid]:
+    """A new run of the federation, and its nodes; it ends with the block.
+
+    Raises:
+        InputError: no `fedistill edge server` runs from the folder.
+        LinkLost: it did, and does not answer any more.
+    """
+    control, authority = control_of(folder), folder.ca_file.read_bytes()
+    desk = TaskDesk(control.address, folder.secret_file, authority=authority, name="flwr-serverapp")
+    flower = ControlHttpClient.from_server_address(
+        control.address,
+        insecure=False,
+        root_certificates=authority,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    try:
+        bundle = make_bundle()
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        run = flower.StartRun(StartRunRequest(fab=fab_to_proto(fab), federation="")).run_id
+        try:
+            with _grid_of(desk, control, authority, run, stopped) as grid:
+                yield EdgeGrid(grid)
+        finally:
+            with suppress(httpx.HTTPError):  # one that is over already
+                flower.StopRun(StopRunRequest(run_id=run))
+    except httpx.HTTPError as error:
+        raise LinkLost(f"{control.address}: the SuperLink does not answer ({type(error).__name__})") from None
+    finally:
+        flower.close()
+        desk.close()
+
+
+@contextmanager
+def _grid_of(
+    desk: TaskDesk, control: Endpoint, authority: bytes, run: int, stopped: Callable[[], bool]
+) -> Iterator[HttpGrid]:
+    """The run's grid, as the holder of its task."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        if stopped():
+            raise Interrupted
+        if time.monotonic() > end:
+            raise LinkLost("the SuperLink has not offered the run that was asked for")
+        if not (token := desk.acquire(TaskType.SERVER_APP)):
+            time.sleep(POLL_SECONDS)
+            continue
+        with suppress(_AnotherRun), _grid_with(token, control, authority, run) as grid:
+            yield grid
+            return
+
+
+class _AnotherRun(Exception):
+    """A task that somebody has left behind; it is told as failed."""
+
+
+@contextmanager
+def _grid_with(token: str, control: Endpoint, authority: bytes, run: int) -> Iterator[HttpGrid]:
+    grid = HttpGrid(control.address, root_certificates=authority, token=token)
+    grid._retry_invoker = None  # type: ignore[assignment] # its own would try for ever, or end this process
+    try:
+        client = grid._runtime_client
+        with working(client):
+            task = client.PullTaskInput(PullTaskInputRequest())
+            found = run_from_proto(task.run)
+            if found.run_id != run:
+                raise _AnotherRun
+            # what messages say of where they come from
+            TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run
+            TaskIdentity.node_id = task.context.node_id
+            grid.set_run(found)
+            yield grid
+    finally:
+        grid.close()
+
+
+def control_of(folder: EdgeFolder) -> Endpoint:
+    """Where the Control API of the server that runs from a folder is.
+
+    Raises:
+        InputError: none runs.
+    """
+    if not folder.control_file.is_file():
+        raise InputError(f"{folder.path}: no server runs from here; start one: fedistill edge server {folder.path}")
+    return Endpoint.read(folder.control_file)
+
+
+def nodes_of_clients(folder: EdgeFolder) -> dict[int, int]:
+    """The Flower node of each client that may take part, by the client's number: found by its key, not by its word."""
+    control = control_of(folder)
+    with Roster(control.host, control.port, folder.ca_file) as roster:
+        return roster.homes(folder.admitted())
+
+
+def make_bundle() -> bytes:
+    """What Flower wants to come with a run: no code, no data, a name and a version. Nobody unpacks it."""
+    project = {
+        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
+        "project": {"name": "fedistill", "version": FEDISTILL, "description": "", "license": "Apache-2.0"},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedistill",
+                    "components": {"serverapp": "server.app:app", "clientapp": "clients.app:app"},
+                    "config": {},
+                }
+            }
+        },
+    }
+    bundle, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(project).encode()})
+    return bundle

@@ -1,0 +1,120 @@
+"""``fedistill edge run``: a run of real clients, with the display, run folder and exit codes of a simulation."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, from_flat
+from common.corpus import load_corpus
+from common.edge import alone_in
+from common.errors import InputError, Interrupted
+from common.keys import AT_CLIENTS, PUBLIC
+from common.progress import Progress
+from server.app import default_folder
+from server.edge_folder import EdgeFolder
+from server.run_folder import RunFolder
+from simulations.simulate import in_foreground, say_what_runs
+
+AGAIN_SECONDS = 2.0  # between two tries to find the SuperLink
+LOST_SECONDS = 600.0  # without it, and the run has failed
+
+
+def run_on_edge(
+    edge: EdgeFolder,
+    config: Config,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    least: int = 0,
+    wait: float = 300.0,
+) -> dict[str, Any]:
+    """Run a federation of real clients in the foreground and return its summary.
+
+    Args:
+        least: begin with so many clients when ``wait`` seconds are over; 0: with all that may take part, or not.
+
+    Raises:
+        InputError: nothing was started.
+        RunFailed, Interrupted: the run folder says how far it came.
+    """
+    config = for_edge(config, edge)
+    least = least or len(edge.admitted())
+    with alone_in(edge.state, "run.lock", "another run of this federation goes on"):
+        folder = RunFolder(out or default_folder(config), config, resume=resume)
+
+        def work(progress: Progress, prepared: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
+            from server.edge_link import LinkLost, control_of
+
+            control_of(edge)
+            prepared()
+            began = since = time.monotonic()
+            while True:
+                try:
+                    return _attempt(edge, config, folder, progress, stop, least=least, wait=wait)
+                except LinkLost as error:
+                    began, lasted = time.monotonic(), time.monotonic() - began
+                    if lasted > AGAIN_SECONDS + 1:  # it was there for a while
+                        since = began
+                    if began - since > LOST_SECONDS:
+                        raise
+                    progress.line(f"{error}; trying again")
+                if stop.wait(AGAIN_SECONDS):
+                    raise Interrupted
+                folder.take_up()
+
+        return in_foreground(folder, config, work)
+
+
+def for_edge(config: Config, edge: EdgeFolder) -> Config:
+    """The keys of a run whose private data are with the clients.
+
+    Raises:
+        InputError: a key does not fit that.
+    """
+    if config.task == "toy":
+        raise InputError("task = toy: real clients have texts of their own; give text, or a GLUE task")
+    if config.server.strategy in PUBLIC:
+        raise InputError(
+            f"server.strategy = {config.server.strategy!r}: no public text is sent to devices; give another"
+        )
+    if config.distill.general_rounds or config.distill.prior_correction:
+        what = "general-rounds" if config.distill.general_rounds else "prior-correction"
+        raise InputError(f"distill.{what}: what it needs is not sent to devices; leave it out")
+    clients = max(edge.admitted(), default=-1) + 1
+    if not clients:
+        raise InputError(f"{edge.path}: no client may take part; make one with `fedistill edge add-client`")
+    flat = {**config.flat(), "data.private": AT_CLIENTS, "data.clients": clients, "data.partition": "natural"}
+    return from_flat(flat)
+
+
+def _attempt(
+    edge: EdgeFolder,
+    config: Config,
+    folder: RunFolder,
+    progress: Progress,
+    stop: threading.Event,
+    *,
+    least: int,
+    wait: float,
+) -> dict[str, Any]:
+    """The run, or what is left of it, for as long as the SuperLink answers."""
+    from server.edge_link import edge_run, nodes_of_clients
+    from server.joining import join
+    from server.preparation import prepare
+    from server.run import run_federation
+
+    corpus = load_corpus(config)
+    with edge_run(edge, stop.is_set) as grid:
+        homes = nodes_of_clients(edge)
+        joined = join(
+            grid, homes, config, corpus.task, least=least, seconds=wait, progress=progress, stopped=stop.is_set
+        )
+        corpus = replace(corpus, sizes={client: (one.train, one.heldout) for client, one in joined.items()})
+        federation = prepare(config, progress, corpus)
+        federation.homes = {client: homes[client] for client in joined}
+        federation.held = {client: set(one.held) for client, one in joined.items()}
+        say_what_runs(progress, config, federation)
+        return run_federation(federation, folder, grid, progress, nodes=least, stopped=stop.is_set)
