@@ -143,6 +143,11 @@ def _student_of_its_own(config: Keys) -> None:
 
 def _check_batches(config: Keys) -> None:
     keys = config.client
+    if keys.optimizer == "sgd" and config.server.strategy in KEEPING:
+        raise ValueError(
+            f"client.optimizer = 'sgd': with server.strategy = {config.server.strategy!r} clients train models that no "
+            "server's optimiser follows; give adamw"
+        )
     if keys.micro_budget == AUTO_BUDGET and config.server.strategy in KEEPING:
         raise ValueError(
             f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {config.server.strategy!r} a client trains "

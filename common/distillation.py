@@ -129,7 +129,18 @@ def step(state: Learning, told: Sequence[Tensor], count: int, recipe: Recipe) ->
         pull_back(state, recipe.proximal)
     if recipe.clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(list(state.trained.values()), recipe.clip_norm)
-    state.student.optimizer.step()
+    if recipe.sgd:
+        descend(list(state.trained.values()), recipe.lr, recipe.weight_decay)
+    else:
+        state.student.optimizer.step()
+
+
+def descend(weights: Sequence[torch.nn.Parameter], lr: float, decay: float) -> None:
+    """w <- (1 - lr decay) w - lr gradient, in place: what clients do in Reddi et al. 2021, Algorithm 2."""
+    with torch.no_grad():
+        for weight in weights:
+            if weight.grad is not None:
+                weight.mul_(1.0 - lr * decay).add_(weight.grad, alpha=-lr)
 
 
 def set_gradients_in(

@@ -123,6 +123,7 @@ class StudentKeys(Section):
     )
     warm_epochs: int = Field(0, ge=0, le=1000, description="passes over the public split before round 1")
     warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")
+    warm_token_budget: int = Field(0, ge=0, description="padded word pieces per batch there; 0: as at the clients")
     general_epochs: int = Field(
         0,
         ge=0,
@@ -212,16 +213,21 @@ class DistillKeys(Section):
 
 class ClientKeys(Section):
     epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
-    lr: Rate = Field(3e-4, description="AdamW learning rate in round 1")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw",
+        description="sgd is for skewed labels with `fedadam` and its kin at the server: an optimiser that adapts at a "
+        "client makes full-size steps of what little a client with almost one class has to learn",
+    )
+    lr: Rate = Field(3e-4, description="learning rate in round 1")
     lr_decay: Literal["constant", "linear"] = Field("linear", description="over the rounds; linear: down to a tenth")
     weight_decay: float = Field(
         0.01,
         ge=0.0,
         le=1.0,
-        description="AdamW weight decay; of trained word embeddings only the client's own words decay",
+        description="weight decay, decoupled from the gradient; of trained word embeddings only the client's own words decay",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
-    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step of AdamW")
+    token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step")
     micro_budget: int = Field(
         0,
         ge=AUTO_BUDGET,

@@ -31,6 +31,7 @@ class Recipe:
         weights: of the loss's `PARTS`.
         adaptive: where the teacher is wrong the weight of its output goes to the label.
         last_lr: the learning rate falls to this one over the steps; 0: it stays.
+        sgd: plain steps along the gradient; else AdamW's.
     """
 
     epochs: int
@@ -50,6 +51,7 @@ class Recipe:
     proximal: float = 0.0
     last_lr: float = 0.0
     micro_budget: int = 0
+    sgd: bool = False
 
     @property
     def deep(self) -> bool:
@@ -92,6 +94,7 @@ def make_recipe(config: Config, round_number: int, shape: Shape, teacher: Any, r
         relation_heads=relation_heads(distill.relation_heads, shape, teacher),
         regression=regression,
         multi_label=config.data.multi_label,
+        sgd=keys.optimizer == "sgd",
         proximal=keys.proximal if config.server.strategy == "fedprox" else 0.0,
     )
 

@@ -53,7 +53,7 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
         "tiers": keys.tiers if final and keys.tier_mode == "nested" and keys.tiers else None,  # else it is alone
         "distill": config.distill.model_dump(exclude={"prior_correction"}),  # of skewed clients
         "client": [
-            config.client.token_budget,
+            _budget(config),
             config.client.micro_budget,
             config.client.weight_decay,
             config.client.clip_norm,
@@ -62,6 +62,11 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
         "windows": [data.max_length, data.windows, data.stride],
         "compute": lesson.compute.name,
     }
+
+
+def _budget(config: Config) -> int:
+    """Padded word pieces per batch."""
+    return config.student.warm_token_budget or config.client.token_budget
 
 
 def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *, final: bool) -> dict[str, Tensor]:
@@ -82,7 +87,9 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     student = tiers.student(whole)
     weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
     recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
-    recipe = replace(recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, proximal=0.0)
+    recipe = replace(
+        recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, token_budget=_budget(config), proximal=0.0, sgd=False
+    )
     passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:

@@ -51,7 +51,7 @@ def instruction(prepared, board="", clients=CLIENTS, **keys):
 
 
 def shapes(asked):
-    return app._worker(asked).shapes
+    return app._worker(asked, None).shapes
 
 
 def message(asked, kind="train"):
@@ -77,12 +77,12 @@ def test_an_answer_to_each_kind_of_message_is_one_that_the_server_takes(prepared
         len(data.shard(client)) for client in CLIENTS
     ]
     weighed = app.weigh(message(asked, "query.weigh"), None).content
-    worker = app._worker(asked)
+    worker = app._worker(asked, None)
     parts = unpack_update(weighed, {"heads": (2, 2), "neurons": (2, 32)})
     assert all(total.min() >= 0 and total.any() for total in parts.values())
     lines = unpack_lines(weighed, frozenset(CLIENTS))
     assert [line.examples for line in lines] == data.train_sizes.tolist()
-    assert app._worker(asked) is worker
+    assert app._worker(asked, None) is worker
     trained = app.train(message(asked), None).content
     assert set(unpack_update(trained, shapes(asked))) == set(shapes(asked))
     lines = unpack_lines(trained, frozenset(CLIENTS))
@@ -126,9 +126,9 @@ def test_what_was_not_asked_properly_is_an_error(prepared):
 
 
 def test_a_worker_stays_as_long_as_its_run_lasts(prepared):
-    first = app._worker(instruction(prepared))
-    assert app._worker(instruction(prepared, clients=(2,))) is first
-    second = app._worker(instruction(prepared, client__lr=0.5))
+    first = app._worker(instruction(prepared), None)
+    assert app._worker(instruction(prepared, clients=(2,)), None) is first
+    second = app._worker(instruction(prepared, client__lr=0.5), None)
     assert second is not first
     assert second.config.client.lr == 0.5
     assert list(app._resident.values()) == [second]

@@ -123,7 +123,8 @@ class MemoryGrid:
             due, given = due + given.seconds, given.answer
         if given is not None:
             reply = Message(given, reply_to=message)
-            reply.metadata.__dict__["_src_node_id"] = 1  # nobody's
+            if isinstance(given, Error):
+                reply.metadata.__dict__["_src_node_id"] = 1  # nobody's, as Flower's word for a dead node
             self.arrived.append((due, reply))
 
     def pull_messages(self, ids):
@@ -159,6 +160,7 @@ class Run:
             data=SimpleNamespace(train_sizes=sizes, eligible=np.array(clients), key="d" * 32),
             teacher=SimpleNamespace(folder=folder, hash="h" * 64),
             masked=None,
+            homes={},
             tiers=SimpleNamespace(shapes={}),
             tier_of=np.zeros(len(sizes), dtype=np.int64),
             pupil=SimpleNamespace(key="s" * 32, hash="p" * 64),
