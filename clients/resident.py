@@ -19,6 +19,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from clients.app import app
+from common.bundle import bundled, unbundled
 from common.processes import end_with
 from common.runtime_api import TaskDesk, working
 
@@ -91,9 +92,12 @@ def work(desk: TaskDesk, audit: Audit) -> None:
             continue
         with desk.connect(token) as connection, working(connection):
             message, context, _, _ = pull_task_input(connection)
+            message.content = unbundled(message.content)
             audit.note("received", message)
             reply = answer(message, context)
             audit.note("sent", reply)
+            if reply.has_content():
+                reply.content = bundled(reply.content)
             push_message(connection, reply, context)
         heard = time.monotonic()
 

@@ -224,7 +224,7 @@ class ClientKeys(Section):
         0.01,
         ge=0.0,
         le=1.0,
-        description="weight decay, decoupled from the gradient; of trained word embeddings only the client's own words decay",
+        description="decoupled weight decay; of trained word embeddings only the client's own words decay",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step")

@@ -65,10 +65,12 @@ def edge_run(folder: EdgeFolder, stopped: Callable[[], bool]) -> Iterator[EdgeGr
     """A new run of the federation, and its nodes; it ends with the block.
 
     Raises:
-        InputError: no `fedistill edge server` runs from the folder.
-        LinkLost: it did, and does not answer any more.
+        LinkLost: no `fedistill edge server` runs from the folder, or it does not answer any more.
     """
-    control, authority = control_of(folder), folder.ca_file.read_bytes()
+    try:
+        control, authority = control_of(folder), folder.ca_file.read_bytes()
+    except InputError as error:
+        raise LinkLost(str(error)) from None
     desk = TaskDesk(control.address, folder.secret_file, authority=authority, name="flwr-serverapp")
     flower = ControlHttpClient.from_server_address(
         control.address,
@@ -148,10 +150,17 @@ def control_of(folder: EdgeFolder) -> Endpoint:
 
 
 def nodes_of_clients(folder: EdgeFolder) -> dict[int, int]:
-    """The Flower node of each client that may take part, by the client's number: found by its key, not by its word."""
-    control = control_of(folder)
-    with Roster(control.host, control.port, folder.ca_file) as roster:
-        return roster.homes(folder.admitted())
+    """The Flower node of each client that may take part, by the client's number: found by its key, not by its word.
+
+    Raises:
+        LinkLost: the server does not answer.
+    """
+    try:
+        control = control_of(folder)
+        with Roster(control.host, control.port, folder.ca_file) as roster:
+            return roster.homes(folder.admitted())
+    except (InputError, RunFailed) as error:
+        raise LinkLost(str(error)) from None
 
 
 def make_bundle() -> bytes:

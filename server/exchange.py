@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from common.bundle import bundled, unbundled
 from common.errors import Interrupted, RunFailed
 from common.progress import Progress, Step
 from common.store import cache_folder
@@ -240,7 +241,8 @@ class Exchange:
             return
         phase.bytes_up += message_bytes(reply)
         try:
-            lines, refused = take(reply.content, frozenset(clients))
+            content = unbundled(reply.content) if self.federation.homes else reply.content
+            lines, refused = take(content, frozenset(clients))
         except ValueError as error:
             self._lose(clients, blamed=True)
             phase.reject(clients, str(error))
@@ -302,8 +304,12 @@ class Exchange:
         assert phase is not None
         self._sent = []
         for node, clients in lists:
-            instruct = self._instruction_from_afar if self.federation.homes else self._instruction
-            content = pack(instruct(phase.round, tuple(clients)), self._student(clients))
+            if self.federation.homes:
+                content = bundled(
+                    pack(self._instruction_from_afar(phase.round, tuple(clients)), self._student(clients))
+                )
+            else:
+                content = pack(self._instruction(phase.round, tuple(clients)), self._student(clients))
             message = Message(content, dst_node_id=node, message_type=phase.kind)
             self._sent.append(Sent(message, node, tuple(clients)))
             phase.bytes_down += message_bytes(message)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +54,23 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def edge(tmp_path) -> Iterator[Callable[..., Any]]:
+    from tests.integration.edges import Command
+
+    started: list[Command] = []
+
+    def start(*arguments: object, prefix: tuple[str, ...] = ()) -> Command:
+        out = tmp_path / f"out-{len(started)}.txt"
+        started.append(Command([str(argument) for argument in arguments], out, list(prefix)))
+        return started[-1]
+
+    yield start
+    for command in started:
+        if command.process.poll() is None:
+            for process in command.family():
+                process.kill()
+            command.process.kill()
+            command.process.wait()

@@ -1,95 +1,23 @@
 """Real SuperLink and SuperNodes over TLS: who gets in, who does not, what survives a kill. Nothing is mocked."""
 
-import os
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from clients.edge_folder import ClientFolder
 from common.edge import ClientFile
 from common.errors import InputError
 from common.processes import free_port
-from server.edge_folder import EdgeFolder, add_client, init, revoke
+from server.edge_folder import EdgeFolder, add_client, revoke
 from server.roster import Roster
-from tests.integration.conftest import ROOT
-
-LIMIT = 300.0  # seconds for anything to happen on a busy machine
-
-
-class Command:
-    """A ``fedistill edge`` command that runs, and the lines it has printed so far."""
-
-    def __init__(self, arguments: list[str], out: Path, prefix: list[str]) -> None:
-        self.out = out
-        command = [*prefix, sys.executable, "-m", "simulations.cli", "edge", *arguments]
-        with out.open("wb") as stream:
-            self.process = subprocess.Popen(
-                command, cwd=out.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=stream, stderr=stream
-            )
-
-    def text(self) -> str:
-        return self.out.read_text()
-
-    def wait_for(self, words: str, times: int = 1) -> None:
-        until(lambda: self.text().count(words) >= times, lambda: f"{words!r} {times} times in: {self.text()}")
-
-    def exit_code(self) -> int:
-        return self.process.wait(LIMIT)
-
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to end; all it has started must end with it."""
-        family = self.family()
-        self.process.send_signal(number)
-        code = self.exit_code()
-        assert not [process for process in family if lives(process)], self.text()
-        return code
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended may still wait for this machine's first process to notice."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def until(fact: Callable[[], bool], what: Callable[[], str]) -> None:
-    end = time.monotonic() + LIMIT
-    while not fact():
-        assert time.monotonic() < end, what()
-        time.sleep(0.2)
-
-
-@pytest.fixture
-def edge(tmp_path) -> Iterator[Callable[..., Command]]:
-    started: list[Command] = []
-
-    def start(*arguments: object, prefix: tuple[str, ...] = ()) -> Command:
-        out = tmp_path / f"out-{len(started)}.txt"
-        started.append(Command([str(argument) for argument in arguments], out, list(prefix)))
-        return started[-1]
-
-    yield start
-    for command in started:
-        if command.process.poll() is None:
-            for process in command.family():
-                process.kill()
-            command.process.kill()
-            command.process.wait()
+from tests.integration.edges import Command, home, lives, make, two_machines, until
 
 
 @pytest.fixture
@@ -97,14 +25,6 @@ def data(tmp_path) -> Path:
     path = tmp_path / "my own 'data'.csv"
     path.write_text("text,label\ngood,1\nbad,0\n")
     return path
-
-
-def make(path: Path, clients: int, host: str = "127.0.0.1") -> EdgeFolder:
-    return init(path, host, clients, free_port())
-
-
-def home(folder: EdgeFolder, number: int) -> Path:
-    return folder.path / "clients" / f"client-{number}"
 
 
 def test_who_gets_in_and_who_does_not(edge, data, tmp_path):
@@ -313,37 +233,3 @@ def answers(side: tuple[str, ...], host: str, port: int) -> bool:
     code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
     command = [*side, sys.executable, "-c", code, host, str(port)]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-
-@contextmanager
-def two_machines() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
-    """How to run a command at the server's and at the client's, and the server's address as the client sees it."""
-    names = [f"fedistill-{side}-{os.getpid()}" for side in ("server", "client")]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "fed0", "netns", names[0], "type", "veth", "peer", "name", "fed1", "netns", names[1])
-        for name, device, address in ((names[0], "fed0", "192.0.2.1/24"), (names[1], "fed1", "192.0.2.2/24")):
-            ip("-n", name, "address", "add", address, "dev", device)
-            for each in (device, "lo"):
-                ip("-n", name, "link", "set", each, "up")
-        server, client = (("ip", "netns", "exec", name) for name in names)
-        made = True
-    except (OSError, subprocess.CalledProcessError):
-        made = False
-    try:
-        yield (server, client, "192.0.2.1") if made else ((), (), own_address())
-    finally:
-        for name in names:
-            with suppress(OSError, subprocess.CalledProcessError):
-                ip("netns", "delete", name)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-def own_address() -> str:
-    """An address of this machine that is not loopback."""
-    found = [each.address for all_ in psutil.net_if_addrs().values() for each in all_ if each.family == socket.AF_INET]
-    return next(address for address in found if not address.startswith("127."))

@@ -1,0 +1,276 @@
+"""Runs of real clients: the same bits as a simulation, what leaves a client, and what a run survives."""
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from common.dataset import load_tokenizer
+from common.models import load_teacher
+from common.processes import free_port
+from tests.conftest import make_sentences
+from tests.integration.conftest import read_lines, read_summary
+from tests.integration.edges import Proxy, home, make, until
+
+CLIENTS = 3
+EXAMPLES = 40  # of each
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Public text, a validation file and a file for each client; no sentence is in two of them."""
+    folder = tmp_path / "data"
+    (folder / "private").mkdir(parents=True)
+    sentences = iter(sorted(set(make_sentences(600, seed=3, longest=14))))
+    for name, count in (("public", 60), ("validation", 40), *((f"private/{n}", EXAMPLES) for n in range(CLIENTS))):
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["text", "label"])
+            rows.writerows([next(sentences), ("bad", "good")[place % 2]] for place in range(count))
+    return folder
+
+
+@pytest.fixture
+def keys(texts, tiny_teacher, tmp_path) -> list[str]:
+    given = {
+        "task": "text",
+        "rounds": 3,
+        "data.source": texts / "public.csv",
+        "data.validation": texts / "validation.csv",
+        "data.max-length": 32,
+        "teacher.model": tiny_teacher,
+        "student.layers": 2,
+        "student.heads": 1,
+        "client.lr": 0.01,
+        "runtime.workers": 2,
+        "runtime.cache": tmp_path / "cache",
+        "server.round-timeout": 600,
+    }
+    return [part for key, value in given.items() for part in ("-s", f"{key}={value}")]
+
+
+class Federation:
+    """A server and its clients, each a process of its own."""
+
+    def __init__(self, edge, texts, folder):
+        self.edge, self.texts, self.folder, self.control = edge, texts, folder, free_port()
+        self.server = self.start_server()
+        self.clients = []
+
+    def start_server(self):
+        self.server = self.edge("server", self.folder.path, "--control-port", self.control)
+        self.server.wait_for("ready: ")
+        return self.server
+
+    def start_clients(self, *options):
+        self.clients = [self.start_client(number, *options) for number in range(CLIENTS)]
+        for client in self.clients:
+            client.wait_for("joined ")
+
+    def start_client(self, number, *options):
+        data = self.texts / "private" / f"{number}.csv"
+        return self.edge("client", home(self.folder, number), "--data", data, *options)
+
+    def run(self, out, *arguments):
+        return self.edge("run", self.folder.path, *arguments, "--out", out)
+
+    def audit(self, number):
+        lines = (home(self.folder, number) / "state" / "audit.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def worker(self, number):
+        return next(one for one in self.clients[number].family() if "clients.resident" in one.cmdline())
+
+    def supernode(self, number):
+        return next(one for one in self.clients[number].family() if "clients.fleet" in one.cmdline())
+
+    def superlink(self):
+        return next(one for one in self.server.family() if "server.fleet_gate" in one.cmdline())
+
+    def stop(self):
+        assert [client.stop() for client in self.clients] == [0] * CLIENTS
+        assert self.server.stop() == 0
+
+
+@pytest.fixture
+def federation(edge, texts, tmp_path) -> Federation:
+    return Federation(edge, texts, make(tmp_path / "fed", CLIENTS))
+
+
+def simulated(fedistill, texts, keys, *more):
+    """The summary of a simulation with the same files."""
+    done = fedistill("simulate", *keys, *more, "-s", f"data.private={texts / 'private'}", "--out", "simulated")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def learnt(run):
+    """What the metrics file says was learnt; who was sent what is another matter."""
+    return [line for line in read_lines(run) if line["phase"] not in ("supply", "teach")]
+
+
+def test_a_run_of_real_clients_is_a_simulation_bit_for_bit_and_no_text_leaves(
+    federation, fedistill, keys, texts, tmp_path
+):
+    links = [Proxy(federation.folder) for _ in range(CLIENTS)]
+    for number, link in enumerate(links):
+        link.lead_through(number)
+    federation.start_clients()
+    run = federation.run(tmp_path / "run", *keys)
+    assert run.exit_code() == 0, run.text()
+    simulated(fedistill, texts, keys)
+    ours, theirs = read_summary(tmp_path / "run"), read_summary(tmp_path / "simulated")
+    assert ours["status"] == "completed"
+    assert ours["student_sha256"] == theirs["student_sha256"]
+    assert learnt(tmp_path / "run") == learnt(tmp_path / "simulated")
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+    teacher = load_teacher(home(federation.folder, 0) / "state" / "teachers" / teacher_of(federation, 0))
+    tokenizer = load_tokenizer(tmp_path / "run" / "student")
+    for number, link in enumerate(links):
+        sent = bytes(link.sent)
+        assert len(sent) > 10_000
+        for text in private_texts(texts, number):
+            assert text.encode() not in sent
+            pieces = tokenizer(text)
+            for kind in (np.int64, np.int32, np.uint16):
+                assert np.asarray(pieces["input_ids"], dtype=kind).tobytes() not in sent
+            logits = teacher(**tokenizer(text, return_tensors="pt")).logits
+            assert logits.numpy().tobytes() not in sent
+        assert b".csv" not in sent
+        left = [line for line in federation.audit(number) if line["way"] == "sent"]
+        assert {name for line in left for name in line["records"]} == {
+            "joined",
+            "clients",
+            "update",
+            "student",
+            "teacher",
+        }
+        assert "shapes" not in {key for line in left for key in line["records"].get("clients", {})}
+    assert not any(str(tmp_path).encode() in bytes(link.sent) for link in links)
+
+    # the second run finds teacher and student where they are, and is the same
+    again = federation.run(tmp_path / "again", *keys)
+    assert again.exit_code() == 0, again.text()
+    assert read_summary(tmp_path / "again")["student_sha256"] == ours["student_sha256"]
+    assert [line["phase"] for line in read_lines(tmp_path / "again")].count("supply") == 0
+    federation.stop()
+
+
+def teacher_of(federation, number):
+    return next((home(federation.folder, number) / "state" / "teachers").glob("?" * 64)).name
+
+
+def private_texts(texts, number):
+    with (texts / "private" / f"{number}.csv").open() as stream:
+        return [row["text"] for row in csv.DictReader(stream)]
+
+
+def test_a_run_outlives_kills_of_everything_and_gives_the_same_student(federation, fedistill, keys, texts, tmp_path):
+    """A worker in training, a SuperNode, the SuperLink; links that are cut, slow, and down for a while."""
+    keys = [*keys, "-s", "client.epochs=40", "-s", "rounds=6"]  # long enough to be hit
+    link = Proxy(federation.folder)
+    link.lead_through(2)
+    federation.start_clients()
+    out = tmp_path / "run"
+    run = federation.run(out, *keys)
+
+    in_training(federation, 0)
+    federation.worker(0).kill()
+    federation.clients[0].wait_for("the worker has ended (exit code -9")
+
+    run.wait_for("round 2/6")
+    in_training(federation, 1)
+    federation.supernode(1).kill()
+    federation.clients[1].wait_for("ended by itself (exit code -9")
+
+    run.wait_for("round 3/6")
+    link.cut(down=True)
+    time.sleep(30)
+    link.delay = 0.02
+    link.cut(down=False)
+
+    run.wait_for("round 4/6")
+    link.delay = 0.0
+    family = federation.server.family()
+    federation.superlink().kill()
+    assert federation.server.exit_code() == 1
+    psutil.wait_procs(family, timeout=30)
+    run.wait_for("trying again")
+    federation.start_server()
+
+    assert run.exit_code() == 0, run.text()
+    simulated(fedistill, texts, keys)
+    assert read_summary(out)["student_sha256"] == read_summary(tmp_path / "simulated")["student_sha256"]
+    federation.stop()
+
+
+def in_training(federation, number):
+    """Wait until a client has been told to train and has not answered yet."""
+
+    def trains():
+        path = home(federation.folder, number) / "state" / "audit.jsonl"
+        last = federation.audit(number)[-1] if path.is_file() and path.stat().st_size else {}
+        return last.get("kind") == "train" and last["way"] == "received"
+
+    until(trains, lambda: f"client {number} does not train")
+
+
+def test_data_that_change_or_go_away_are_told_and_the_others_go_on(federation, keys, texts, tmp_path):
+    keys = [*keys, "-s", "client.epochs=40"]
+    federation.start_clients()
+    run = federation.run(tmp_path / "run", *keys)
+    run.wait_for("round 1/3")
+    with (texts / "private" / "0.csv").open("a") as stream:
+        stream.write("another sentence,good\n")
+    shutil.move(texts / "private" / "1.csv", texts / "elsewhere.csv")
+    until(lambda: run.process.poll() is not None or "client 1 failed" in run.text(), run.text)
+    assert run.exit_code() == 1
+    assert "client 0 failed: its data are not those that it has joined with" in run.text()
+    assert "client 1 failed: its data file: no such file" in run.text()
+    assert str(texts) not in run.text()
+    assert read_summary(tmp_path / "run")["status"] == "failed"
+
+    # two of three are enough where that is said
+    shutil.move(texts / "elsewhere.csv", texts / "private" / "1.csv")
+    again = federation.run(tmp_path / "again", *keys, "-s", "server.max-lost-fraction=0.6")
+    again.wait_for("round 1/3")
+    shutil.move(texts / "private" / "1.csv", texts / "elsewhere.csv")
+    assert again.exit_code() == 0, again.text()
+    summary = read_summary(tmp_path / "again")
+    assert summary["status"] == "completed"
+    assert summary["faults"]["failed"] >= 1
+    federation.stop()
+
+
+def test_ctrl_c_ends_a_run_and_it_can_be_resumed(federation, fedistill, keys, texts, tmp_path):
+    keys = [*keys, "-s", "client.epochs=40"]
+    federation.start_clients()
+    out = tmp_path / "run"
+    run = federation.run(out, *keys)
+    run.wait_for("round 1/3")
+    assert run.stop() == 130
+    assert read_summary(out)["status"] == "interrupted"
+    again = federation.run(out, "--resume")
+    assert again.exit_code() == 0, again.text()
+    simulated(fedistill, texts, keys)
+    assert read_summary(out)["student_sha256"] == read_summary(tmp_path / "simulated")["student_sha256"]
+    federation.stop()
+
+
+def test_a_run_without_a_server_or_enough_clients_says_so(edge, federation, keys, texts, tmp_path):
+    missing = make(tmp_path / "idle", 1)
+    none = edge("run", missing.path, *keys, "--out", tmp_path / "none")
+    assert none.exit_code() == 2
+    assert "no server runs from here" in none.text()
+    federation.clients = []
+    few = federation.run(tmp_path / "few", *keys, "--wait", "3")
+    assert few.exit_code() == 1
+    assert "0 of 3 clients have joined in 3 s; 3 are needed" in few.text()
+    assert federation.server.stop() == 0
