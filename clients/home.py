@@ -8,6 +8,7 @@ state/audit.jsonl           what has come and gone, without any content
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class Home:
         """
         self._is_asked(instruction)
         student = "shape.json" in files
-        name = instruction.student_hash if student else instruction.teacher_hash
+        name = _checked(instruction.student_hash if student else instruction.teacher_hash)
         with build_folder((self.students if student else self.teachers) / name) as draft:
             if draft is None:
                 return
@@ -105,17 +106,17 @@ class Home:
             ClientRefused: teacher or student are not here, or the data are not those that it has joined with.
         """
         self._is_asked(instruction)
-        teacher = self.teachers / instruction.teacher_hash
+        teacher, student = self.teachers / _checked(instruction.teacher_hash), _checked(instruction.student_hash)
         if not teacher.is_dir():
             raise ClientRefused("the teacher of this run is not here")
-        if not (self.students / instruction.student_hash).is_dir():
+        if not (self.students / student).is_dir():
             raise ClientRefused("the student of this run is not here")
         return {
             "teacher": str(teacher),
             "teacher_hash": instruction.teacher_hash,
             "dataset": self._dataset(instruction, teacher),
-            "student": instruction.student_hash,
-            "student_hash": instruction.student_hash,
+            "student": student,
+            "student_hash": student,
         }
 
     def _dataset(self, instruction: Instruction, tokenizer: Path) -> str:
@@ -142,6 +143,13 @@ class Home:
     def _is_asked(self, instruction: Instruction) -> None:
         if instruction.clients != (self.client,):
             raise ClientRefused(f"this is client {self.client}, and another was asked")
+
+
+def _checked(name: str) -> str:
+    """A hash that somebody else has given, and that becomes a folder's name."""
+    if not re.fullmatch("[0-9a-f]{64}", name):
+        raise ClientRefused("what should name a model is not a hash")
+    return name
 
 
 def task_of(instruction: Instruction) -> Task:

@@ -24,6 +24,7 @@ from common.wire import (
     pack,
     pack_arrays,
     pack_reply,
+    unpack_files,
     unpack_instruction,
     unpack_lines,
     unpack_own_update,
@@ -496,3 +497,31 @@ def test_hostile_bytes_of_rows_and_own_updates_raise_nothing_but_a_wire_error(da
         assert str(SECRET) not in str(error)
     else:
         assert found["layer.weight|values"].nbytes <= len(data)
+
+
+# --- a model's files ----------------------------------------------------------------------------
+
+
+def files_content(**files):
+    arrays = {name.replace("__", "."): np.frombuffer(data, dtype=np.uint8) for name, data in files.items()}
+    return RecordDict({"student": pack_arrays(arrays)})
+
+
+def test_files_arrive_as_they_were():
+    files = {"config__json": b"{}", "model__safetensors": bytes(range(256))}
+    assert unpack_files(files_content(**files)) == {"config.json": b"{}", "model.safetensors": bytes(range(256))}
+
+
+@pytest.mark.parametrize("name", ["../x.json", "a/b.json", "model.bin", "model.py", ".json", "MODEL.json", "x.json\n"])
+def test_a_name_that_no_models_file_has_is_refused(name):
+    content = RecordDict({"student": pack_arrays({name: np.zeros(1, np.uint8)})})
+    with pytest.raises(WireError, match="not a name that a model's file has"):
+        unpack_files(content)
+
+
+def test_files_are_bytes():
+    for array in (np.zeros(2, np.float32), np.zeros((1, 2), np.uint8)):
+        with pytest.raises(WireError, match="not bytes"):
+            unpack_files(RecordDict({"student": pack_arrays({"config.json": array})}))
+    with pytest.raises(WireError, match="not there"):
+        unpack_files(RecordDict({}))
