@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import psutil
 import torch
 from scipy.optimize import nnls
 
+from clients.budget import joules, used
 from common.config import Config
 from common.cost import BATCH, LENGTH, MEGA, Size, forward_flops, operations_per_piece, size_of, training_flops
 from common.device import Compute, choose_compute
@@ -27,8 +27,6 @@ from common.progress import Progress
 from common.recipe import make_recipe
 from common.slim import Shape, build
 
-POWERCAP = Path("/sys/class/powercap")
-WATTS_PER_CORE = 5.0  # assumed where no counter can be read: about what a server's or laptop's core draws when busy
 SHAPES = ((1, 12, 1536), (3, 12, 1536), (3, 6, 768), (6, 3, 384))  # layers, heads, neurons; MiniLM's width
 PIECES = 1000
 
@@ -93,7 +91,7 @@ def probe(config: Config, progress: Progress) -> Measured:
     compute = choose_compute(config.runtime.device, config.client.precision)
     memory = psutil.virtual_memory().available / MEGA  # with the libraries loaded
     training, reading, sizes = [], [], []
-    joules, began = _joules(), time.perf_counter()
+    before, began = joules(), time.perf_counter()
     with progress.step("measure this machine", len(SHAPES)) as bar:
         for layers, heads, neurons in SHAPES:
             model, size = _encoder(layers, heads, neurons, compute)
@@ -101,7 +99,8 @@ def probe(config: Config, progress: Progress) -> Measured:
             training.append(_least_seconds(_trainer(model, config, compute), 7, compute))
             reading.append(_least_seconds(_reader(model, compute), 30, compute))
             bar.advance()
-    watts, source = _watts(joules, _joules(), time.perf_counter() - began, config.runtime.threads)
+    seconds = time.perf_counter() - began
+    energy, source = used(before, joules(), seconds, config.runtime.threads)
     depths = [size.layers for size in sizes]
     return Measured(
         compute=compute.name,
@@ -110,7 +109,7 @@ def probe(config: Config, progress: Progress) -> Measured:
         memory_mb=memory,
         training=fit([training_flops(size, BATCH, LENGTH) for size in sizes], depths, training),
         reading=fit([forward_flops(size, 1, LENGTH) for size in sizes], depths, reading),
-        watts=watts,
+        watts=energy / seconds,
         watts_from=source,
     )
 
@@ -188,19 +187,3 @@ def _least_seconds(work: Callable[[], None], repeats: int, compute: Compute) -> 
         if number >= 2:  # the first ones allocate
             taken.append(time.perf_counter() - began)
     return min(taken)
-
-
-def _watts(before: float | None, after: float | None, seconds: float, threads: int) -> tuple[float, str]:
-    """Power, and where it is from. A counter that ran over in between makes the second smaller and is not used."""
-    if before is not None and after is not None and after > before:
-        return (after - before) / seconds, "rapl"
-    return WATTS_PER_CORE * threads, f"assumed: {WATTS_PER_CORE:g} W a busy core"
-
-
-def _joules(folder: Path = POWERCAP) -> float | None:
-    """What the processor packages' counters stand at (RAPL), together; None where they cannot be read."""
-    zones = [zone for zone in folder.glob("intel-rapl:*") if zone.name.count(":") == 1]  # the others are parts of these
-    try:
-        return sum(int((zone / "energy_uj").read_text()) for zone in zones) / 1e6 if zones else None
-    except (OSError, ValueError):
-        return None

@@ -1,5 +1,6 @@
 """Local distillation: what one client does with the student in one round, and what of it leaves the client."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class ClientUpdate:
     Attributes:
         arrays: the update, trained minus received weights, float32 by parameter name; of the word embedding
             the rows of the client's own word pieces. They last until the next client.
-        examples: the client's number of training examples.
+        examples: how many of the client's examples it has trained on: all, unless it ran out of time or energy.
         losses: mean loss, and its parts by name.
     """
 
@@ -47,12 +48,14 @@ def distil(
     who: tuple[int, int],
     teacher: Any = None,
     room: Room | None = None,
+    spent: Callable[[], bool] = lambda: False,
 ) -> ClientUpdate:
     """Train one client from the round's weights and return its update; arguments as of `common.distillation.learn`."""
     state = learn(
-        student, weights, examples, recipe=recipe, compute=compute, seed=seed, who=who, teacher=teacher, room=room
-    )
-    return client_final(state, len(examples.rows))
+        student, weights, examples, recipe=recipe, compute=compute, seed=seed, who=who, teacher=teacher, room=room,
+        spent=spent,
+    )  # fmt: skip
+    return client_final(state, min(state.seen, len(examples.rows)))
 
 
 def client_final(state: Learning, examples: int) -> ClientUpdate:

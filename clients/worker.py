@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.budget import limit_of
 from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
@@ -304,6 +305,7 @@ class Worker:
             who=(instruction.round, client),
             teacher=teacher,
             room=self._room(tier, received, examples, recipe),
+            spent=limit_of(self.config.client, self.config.runtime.threads),
         )
 
     def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
@@ -321,12 +323,12 @@ class Worker:
 
     def _room(self, tier: int, weights: dict[str, Any], examples: Examples, recipe: Recipe) -> Room | None:
         """What this device has room for, where the keys leave it open; found once."""
-        keys = self.config.runtime
-        if self.config.client.micro_budget == AUTO_BUDGET and tier not in self._rooms:
+        keys, limit = self.config.runtime, self.config.client.memory_limit * 10**6
+        if (self.config.client.micro_budget == AUTO_BUDGET or limit) and tier not in self._rooms:
             workers = keys.workers or max((os.cpu_count() or 1) // keys.threads, 1)  # they share the device
             self._rooms[tier] = find_room(
                 self.students[tier], weights, examples, recipe=recipe, compute=self.compute, teacher=self.teacher,
-                share=SHARE / workers,
+                share=SHARE / workers, limit=limit,
             )  # fmt: skip
         return self._rooms.get(tier)
 

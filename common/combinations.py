@@ -143,6 +143,13 @@ def _student_of_its_own(config: Keys) -> None:
 
 def _check_batches(config: Keys) -> None:
     keys = config.client
+    spending = {"max-seconds": keys.max_seconds, "energy-budget": keys.energy_budget, "memory-limit": keys.memory_limit}
+    for name, value in spending.items():
+        if value and config.server.strategy in KEEPING:
+            raise ValueError(
+                f"client.{name} = {value}: with server.strategy = {config.server.strategy!r} a client trains more than "
+                "one model; give 0"
+            )
     if keys.optimizer == "sgd" and config.server.strategy in KEEPING:
         raise ValueError(
             f"client.optimizer = 'sgd': with server.strategy = {config.server.strategy!r} clients train models that no "

@@ -10,7 +10,7 @@ https://arxiv.org/abs/1806.00187), each weighted so that the sum is the gradient
 are apart: ``token_budget`` says what the student learns from at once, ``micro_budget`` what is in memory at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,7 @@ def learn(
     teacher: Any = None,
     room: Room | None = None,
     advance: Any = lambda amount: None,
+    spent: Callable[[], bool] = lambda: False,
 ) -> Learning:
     """Train from these weights, all epochs.
 
@@ -245,6 +246,7 @@ def learn(
         teacher: the model, for losses on inner states; for general distillation that with the masked-LM head.
         room: takes the place of the recipe's ``micro_budget``, and shrinks when memory runs out.
         advance: told how many more examples are done.
+        spent: asked after every step whether to stop there.
     """
     torch.manual_seed(seed_for(seed, "dropout", *who))
     data, rows = examples.data, examples.rows
@@ -268,6 +270,8 @@ def learn(
             )
             step(state, told, len(places), recipe)
             advance(len(places))
+            if spent():
+                break
     finally:
         restore(student)
     return state

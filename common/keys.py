@@ -235,6 +235,23 @@ class ClientKeys(Section):
         "up; 0: as `token-budget`; -1: found on each device by its memory and speed, and halved when memory runs out: "
         "such a run can be reproduced only on devices of the same kind that are as free; at the server `token-budget`",
     )
+    max_seconds: float = Field(
+        0.0,
+        ge=0.0,
+        description="a client stops training when a round has taken it so long, and what it has learnt by then counts "
+        "for the examples that it has seen; 0: not; such a run cannot be reproduced",
+    )
+    energy_budget: float = Field(
+        0.0,
+        ge=0.0,
+        description="the same for joules: RAPL's, or 5 W for each busy core; 0: not",
+    )
+    memory_limit: int = Field(
+        0,
+        ge=0,
+        description="megabytes that the process of a client may hold: batches pass in parts that fit, as with "
+        "`micro-budget = -1`; 0: what the device has free",
+    )
     grow_batch: bool = Field(
         False,
         description="grow the batch from round to round with the gradient noise scale, from `token-budget` up to "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -51,18 +52,22 @@ def find_room(
     compute: Compute,
     teacher: Any,
     share: float = SHARE,
+    limit: int = 0,
 ) -> Room:
     """What this device has room for, at most the recipe's ``micro_budget``.
 
     Args:
         like: the data whose pieces, labels and longest text the made-up batches have.
         share: of the device's free memory that may be taken.
+        limit: bytes that this process may hold altogether; 0: no more is said.
     """
     longest = int(np.diff(like.data.tokens.offsets).max())  # of the windows: each passes by itself
     most = recipe.micro_budget // longest
     if most < ROWS[0]:
         return Room(recipe.micro_budget)
     free = share * free_memory(compute.device)
+    if limit:
+        free = min(free, max(limit - psutil.Process().memory_info().rss, 0))
     points: list[Point] = []
     for rows in sorted({ROWS[0], min(ROWS[1], most)}):
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -40,6 +41,7 @@ MISSES = 2  # phases in a row without any answer that make a node dead
 RETRY_MESSAGES = 16  # lost clients travel in ever smaller lists, until one that kills its worker is alone in its own
 CHANCES = 2  # of a client that is alone to blame
 IDLE_WAVES = 2  # without any answer, and nobody is tried again
+AWAY = "its device is away"
 TOLD = 10  # lost clients that are named one by one
 # checks a reply's content and folds it in: its lines, and clients whose own update is refused; ValueError: all of it
 Take = Callable[[RecordDict, frozenset[int]], tuple[list[ClientLine], dict[int, str]]]
@@ -171,7 +173,7 @@ class Exchange:
         self._again, idle = {}, 0
         size = len(phase.clients)
         self._take_all(replies, take)
-        while self._again and not phase.reached and idle < IDLE_WAVES:
+        while self._again and not phase.reached and idle < IDLE_WAVES and self._somebody_is_there(grid):
             before = len(phase.accepted)
             self._tell(phase)
             size = max(min(size // 2, -(-len(self._again) // RETRY_MESSAGES)), 1)
@@ -231,6 +233,10 @@ class Exchange:
     def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
         phase = self.phase
         assert phase is not None
+        if reply.has_error() and self.federation.homes and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            self._again.update(dict.fromkeys(clients, False))
+            phase.fail(clients, AWAY)
+            return
         if reply.has_error():
             self._failing.add(node)
             self._lose(clients, blamed=True)
@@ -277,9 +283,11 @@ class Exchange:
 
         Whoever only waited behind another goes first, and never beside one that may be to blame again.
         """
-        again, self._again = self._again, {}
-        if self.federation.homes:
-            return self._messages([(self.federation.homes[client], (client,)) for client in sorted(again)])
+        homes, again, self._again = self.federation.homes, self._again, {}
+        if homes:
+            here = set(grid.get_node_ids())
+            self._again = {client: blamed for client, blamed in again.items() if homes[client] not in here}
+            return self._messages([(homes[client], (client,)) for client in sorted(set(again) - set(self._again))])
         alive = self._alive(grid)
         load = dict.fromkeys(alive, 0)
         lists: dict[tuple[bool, int], list[int]] = {}
@@ -290,6 +298,25 @@ class Exchange:
             lists.setdefault((again[client], node), []).append(client)
         ordered = sorted(lists.items(), key=lambda one: one[0])
         return self._messages([(node, part) for (_, node), chosen in ordered for part in _split(chosen, size)])
+
+    def _somebody_is_there(self, grid: Any) -> bool:
+        """Where clients have devices of their own, wait for one that is to be tried again; False: until time was up."""
+        phase, homes = self.phase, self.federation.homes
+        assert phase is not None
+        if not homes:
+            return True
+        end = phase.began + self.config.server.round_timeout
+        told = False
+        while not {homes[client] for client in self._again} & set(grid.get_node_ids()):
+            if time.monotonic() > end:
+                return False
+            if not told:
+                away = ", ".join(str(client) for client in sorted(self._again))
+                self.progress.line(f"round {phase.round}: waits for client {away}: {AWAY}")
+                told = True
+            self.tick()
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _tell(self, phase: Phase) -> None:
         """Say who is tried again; of many, some."""

@@ -25,6 +25,7 @@ from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
+from server.aggregation import UpTo
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -150,8 +151,9 @@ class FederatedDistillation(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        number, keys = self.done + server_round, self.config.server
-        intake = self.method.intake(number, self.weights, self.exchange.sizes)
+        number, keys, client = self.done + server_round, self.config.server, self.config.client
+        sizes = UpTo(self.exchange.sizes) if client.max_seconds or client.energy_budget else self.exchange.sizes
+        intake = self.method.intake(number, self.weights, sizes)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         try:
             self._check_losses(phase)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clients.device_profile import _joules, _watts, fit, probe
+from clients.device_profile import fit, probe
 from common.config import from_flat
 from common.devices import PRESETS, DeviceProfile
 from common.progress import Silent
@@ -25,22 +25,6 @@ def test_the_fit_gives_no_negative_time():
     # time that falls with the work: the best time per operation would be negative
     line = fit([9e9, 1e9], [1, 3], [1.0, 3.0])
     assert 0.0 < line.rate < float("inf")
-
-
-def test_energy_counters_of_packages_alone_are_added(tmp_path):
-    assert _joules(tmp_path) is None
-    for zone, energy in (("intel-rapl:0", 2_000_000), ("intel-rapl:1", 500_000), ("intel-rapl:0:0", 7_000_000)):
-        (tmp_path / zone).mkdir()
-        (tmp_path / zone / "energy_uj").write_text(f"{energy}\n")
-    assert _joules(tmp_path) == 2.5
-    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    assert _joules(tmp_path) is None
-
-
-def test_power_from_counters_or_the_model():
-    assert _watts(10.0, 30.0, 4.0, threads=2) == (5.0, "rapl")
-    for before, after in ((None, None), (30.0, 10.0)):  # ran over
-        assert _watts(before, after, 4.0, threads=2) == (10.0, "assumed: 5 W a busy core")
 
 
 def test_the_probe_gives_a_device(monkeypatch):
