@@ -18,6 +18,7 @@ from common.runtime_api import make_secret
 from common.store import write_atomically
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before another try; each is twice the last
+WITHDRAWN = 75  # a worker's exit code, see `clients.resident`
 SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
 LOOK_SECONDS = 15.0  # between two looks at whether the server answers
 JOINED = re.compile(r"SuperNode ID: (\d+)")  # what Flower 1.41 logs
@@ -92,7 +93,7 @@ def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop, port: int
     try:
         while child.running and not stop.wait(0.5):
             if not worker.running:
-                tell(f"the worker has ended (exit code {worker.exit_code}, see {folder.worker_log}); started again")
+                tell(_why_ended(worker, folder))
                 worker.stop()
                 worker = _start_resident(folder, port)
             if time.monotonic() - looked < LOOK_SECONDS:
@@ -103,6 +104,12 @@ def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop, port: int
                 tell(f"{address} does not answer; trying until it does" if silent else f"{address} answers again")
     finally:
         worker.stop()
+
+
+def _why_ended(worker: Child, folder: ClientFolder) -> str:
+    if worker.exit_code == WITHDRAWN:
+        return "a message was withdrawn by the server"
+    return f"the worker has ended (exit code {worker.exit_code}, see {folder.worker_log}); started again"
 
 
 def _start_resident(folder: ClientFolder, port: int) -> Child:

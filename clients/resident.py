@@ -5,6 +5,7 @@ Run as a module: ``python -m clients.resident PARENT_PID ADDRESS STATE``.
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from common.runtime_api import TaskDesk, working
 
 POLL_SECONDS = 0.1
 SILENT_SECONDS = 5.0  # without an answer of our own SuperNode: it is gone, and we are started again with it
+WITHDRAWN = 75  # EX_TEMPFAIL, sysexits.h
 MAY_LEAVE = ("clients", "joined", "update", "student", "teacher")  # records; some with an ending, see `_is_known`
 
 
@@ -78,6 +80,14 @@ def _is_known(name: str) -> bool:
     return stem in MAY_LEAVE and (not number or number.isdecimal())
 
 
+def withdrawn() -> None:
+    """The message is not to be answered any more: end, to be started again.
+
+    One whose way here was cut is waited for without end by Flower's code, which nothing else can break off.
+    """
+    os._exit(WITHDRAWN)
+
+
 def work(desk: TaskDesk, audit: Audit) -> None:
     """Answer messages until our SuperNode is gone."""
     heard = time.monotonic()
@@ -90,7 +100,7 @@ def work(desk: TaskDesk, audit: Audit) -> None:
         if not token:
             time.sleep(POLL_SECONDS)
             continue
-        with desk.connect(token) as connection, working(connection):
+        with desk.connect(token) as connection, working(connection, withdrawn):
             message, context, _, _ = pull_task_input(connection)
             message.content = unbundled(message.content)
             audit.note("received", message)

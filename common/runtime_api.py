@@ -7,7 +7,7 @@ those know who can read its file (`--superexec-auth-secret-file`); a task's own 
 """
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,14 +78,22 @@ class TaskDesk:
 
 
 @contextmanager
-def working(client: RuntimeHttpClient) -> Iterator[None]:
-    """Tell Flower that a task's worker lives, which else gives it up after a minute; at the end, how it went."""
+def working(client: RuntimeHttpClient, gone: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Tell Flower that a task's worker lives, which else gives it up after a minute; at the end, how it went.
+
+    Args:
+        gone: called, in another thread, when Flower does not know the task any more.
+    """
 
     def beat() -> bool:
         try:
-            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-        except httpx.HTTPError:  # Flower's own would end this process when the task is gone
+            known = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+        except httpx.HTTPStatusError as error:
+            known = error.response.status_code not in (401, 403, 404)  # then the token is for nothing any more
+        except httpx.HTTPError:
             return False
+        if not known:
+            gone()
         return True
 
     heart, outcome = HeartbeatSender(beat), SubStatus.FAILED
