@@ -11,7 +11,7 @@ from common.config import Config, from_flat
 from common.corpus import load_corpus
 from common.edge import alone_in
 from common.errors import InputError, Interrupted
-from common.keys import AT_CLIENTS, PUBLIC
+from common.keys import AT_CLIENTS, VOTING
 from common.progress import Progress
 from server.app import default_folder
 from server.edge_folder import EdgeFolder
@@ -76,13 +76,17 @@ def for_edge(config: Config, edge: EdgeFolder) -> Config:
     """
     if config.task == "toy":
         raise InputError("task = toy: real clients have texts of their own; give text, or a GLUE task")
-    if config.server.strategy in PUBLIC:
+    if config.server.strategy in VOTING:
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: no public text is sent to devices; give another"
         )
     if config.distill.general_rounds or config.distill.prior_correction:
         what = "general-rounds" if config.distill.general_rounds else "prior-correction"
         raise InputError(f"distill.{what}: what it needs is not sent to devices; leave it out")
+    if config.student.model:
+        raise InputError(
+            f"student.model = {config.student.model!r}: a student of its own is not sent to devices; leave it out"
+        )
     clients = max(edge.admitted(), default=-1) + 1
     if not clients:
         raise InputError(f"{edge.path}: no client may take part; make one with `fedistill edge add-client`")
