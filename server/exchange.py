@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from common.bundle import bundled, unbundled
 from common.errors import Interrupted, RunFailed
 from common.progress import Progress, Step
 from common.store import cache_folder
 from common.wire import ClientLine, Instruction, message_bytes, pack, pack_arrays
 from server.assignment import FIXED_EXAMPLES, assign
-from server.joining import keys_for_clients, task_text
 from server.phase import Phase
 from server.preparation import Federation
 from server.reply import reason_of
@@ -41,7 +38,6 @@ MISSES = 2  # phases in a row without any answer that make a node dead
 RETRY_MESSAGES = 16  # lost clients travel in ever smaller lists, until one that kills its worker is alone in its own
 CHANCES = 2  # of a client that is alone to blame
 IDLE_WAVES = 2  # without any answer, and nobody is tried again
-AWAY = "its device is away"
 TOLD = 10  # lost clients that are named one by one
 # checks a reply's content and folds it in: its lines, and clients whose own update is refused; ValueError: all of it
 Take = Callable[[RecordDict, frozenset[int]], tuple[list[ClientLine], dict[int, str]]]
@@ -58,8 +54,15 @@ class Sent(NamedTuple):
 class StreamingGrid:
     """A Flower grid whose replies can be folded in as they come, instead of all at once at the end."""
 
-    def __init__(self, grid: Grid, tick: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        tick: Callable[[], None],
+        again: Callable[[], list[Message]] = list,
+        moot: Callable[[], set[str]] = set,
+    ) -> None:
         self.grid, self.tick = grid, tick
+        self.again, self.moot = again, moot  # messages to push besides; ids that need no answer any more
         self.abandoned: set[str] = set()  # not waited for any more; Flower would keep their replies for ever
 
     def get_node_ids(self) -> list[int]:
@@ -73,6 +76,8 @@ class StreamingGrid:
         try:
             while waiting and time.monotonic() < end:
                 self.tick()
+                if more := self.again():
+                    waiting |= set(self.grid.push_messages(more))
                 for reply in self.grid.pull_messages(waiting | self.abandoned):
                     # matched by the message it answers: an error for a dead node comes from nobody's node id
                     answered = reply.metadata.reply_to_message_id
@@ -80,6 +85,8 @@ class StreamingGrid:
                     if answered in waiting:
                         waiting.discard(answered)
                         yield reply
+                moot = self.moot() & waiting
+                waiting, self.abandoned = waiting - moot, self.abandoned | moot
                 if waiting:  # a short phase is asked often, a long one rarely
                     time.sleep(min(POLL_SECONDS, max(0.005, 0.02 * (time.monotonic() - began))))
         finally:
@@ -173,7 +180,7 @@ class Exchange:
         self._again, idle = {}, 0
         size = len(phase.clients)
         self._take_all(replies, take)
-        while self._again and not phase.reached and idle < IDLE_WAVES and self._somebody_is_there(grid):
+        while self._again and not phase.reached and idle < IDLE_WAVES and self._can_try_again(grid):
             before = len(phase.accepted)
             self._tell(phase)
             size = max(min(size // 2, -(-len(self._again) // RETRY_MESSAGES)), 1)
@@ -197,6 +204,14 @@ class Exchange:
         if self.phase is not None:
             self._scoreboard.unlink(missing_ok=True)
             self.phase = None
+
+    def ask_again(self) -> list[Message]:
+        """Messages to push besides while answers are waited for."""
+        return []
+
+    def moot(self) -> set[str]:
+        """Ids of messages that need no answer any more."""
+        return set()
 
     def tick(self) -> None:
         """Called while waiting: notice a stop, move the bar."""
@@ -233,10 +248,6 @@ class Exchange:
     def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
         phase = self.phase
         assert phase is not None
-        if reply.has_error() and self.federation.homes and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-            self._again.update(dict.fromkeys(clients, False))
-            phase.fail(clients, AWAY)
-            return
         if reply.has_error():
             self._failing.add(node)
             self._lose(clients, blamed=True)
@@ -247,8 +258,7 @@ class Exchange:
             return
         phase.bytes_up += message_bytes(reply)
         try:
-            content = unbundled(reply.content) if self.federation.homes else reply.content
-            lines, refused = take(content, frozenset(clients))
+            lines, refused = take(self._read(reply), frozenset(clients))
         except ValueError as error:
             self._lose(clients, blamed=True)
             phase.reject(clients, str(error))
@@ -272,22 +282,15 @@ class Exchange:
                 self._again[client] = blamed
 
     def _lists(self, clients: Sequence[int], grid: Any) -> dict[int, tuple[int, ...]]:
-        """The clients that each node works for: on a device of its own a client by itself."""
-        homes = self.federation.homes
-        if not homes:
-            return assign(clients, self.sizes, self._alive(grid), self.speeds)
-        return {homes[client]: (client,) for client in clients}
+        """The clients that each node works for."""
+        return assign(clients, self.sizes, self._alive(grid), self.speeds)
 
     def _second_chance(self, phase: Phase, grid: Any, size: int) -> list[Message]:
         """Messages for lost clients in lists of this size, to other nodes where there are any.
 
         Whoever only waited behind another goes first, and never beside one that may be to blame again.
         """
-        homes, again, self._again = self.federation.homes, self._again, {}
-        if homes:
-            here = set(grid.get_node_ids())
-            self._again = {client: blamed for client, blamed in again.items() if homes[client] not in here}
-            return self._messages([(homes[client], (client,)) for client in sorted(set(again) - set(self._again))])
+        again, self._again = self._again, {}
         alive = self._alive(grid)
         load = dict.fromkeys(alive, 0)
         lists: dict[tuple[bool, int], list[int]] = {}
@@ -299,23 +302,8 @@ class Exchange:
         ordered = sorted(lists.items(), key=lambda one: one[0])
         return self._messages([(node, part) for (_, node), chosen in ordered for part in _split(chosen, size)])
 
-    def _somebody_is_there(self, grid: Any) -> bool:
-        """Where clients have devices of their own, wait for one that is to be tried again; False: until time was up."""
-        phase, homes = self.phase, self.federation.homes
-        assert phase is not None
-        if not homes:
-            return True
-        end = phase.began + self.config.server.round_timeout
-        told = False
-        while not {homes[client] for client in self._again} & set(grid.get_node_ids()):
-            if time.monotonic() > end:
-                return False
-            if not told:
-                away = ", ".join(str(client) for client in sorted(self._again))
-                self.progress.line(f"round {phase.round}: waits for client {away}: {AWAY}")
-                told = True
-            self.tick()
-            time.sleep(POLL_SECONDS)
+    def _can_try_again(self, grid: Any) -> bool:
+        """Whether there is a node for somebody who is to be tried again."""
         return True
 
     def _tell(self, phase: Phase) -> None:
@@ -327,22 +315,26 @@ class Exchange:
             self.progress.line(f"round {phase.round}: {len(lost) - TOLD} more clients are tried again")
 
     def _messages(self, lists: Sequence[tuple[int, Sequence[int]]]) -> list[Message]:
+        self._sent = []
+        return [self._message(node, tuple(clients)) for node, clients in lists]
+
+    def _message(self, node: int, clients: tuple[int, ...]) -> Message:
         phase = self.phase
         assert phase is not None
-        self._sent = []
-        for node, clients in lists:
-            if self.federation.homes:
-                content = bundled(
-                    pack(self._instruction_from_afar(phase.round, tuple(clients)), self._student(clients))
-                )
-            else:
-                content = pack(self._instruction(phase.round, tuple(clients)), self._student(clients))
-            message = Message(content, dst_node_id=node, message_type=phase.kind)
-            self._sent.append(Sent(message, node, tuple(clients)))
-            phase.bytes_down += message_bytes(message)
-            for client in clients:
-                phase.tried.setdefault(client, []).append(node)
-        return [one.message for one in self._sent]
+        message = Message(self._content(clients), dst_node_id=node, message_type=phase.kind)
+        self._sent.append(Sent(message, node, clients))
+        phase.bytes_down += message_bytes(message)
+        for client in clients:
+            phase.tried.setdefault(client, []).append(node)
+        return message
+
+    def _content(self, clients: tuple[int, ...]) -> RecordDict:
+        assert self.phase is not None
+        return pack(self._instruction(self.phase.round, clients), self._student(clients))
+
+    def _read(self, reply: Message) -> RecordDict:
+        """A reply's records as they were before they were sent. Raises ValueError when they cannot be read."""
+        return reply.content
 
     def _student(self, clients: Sequence[int]) -> ArrayRecord | None:
         """What these clients' tiers hold of the arrays; messages share the record."""
@@ -398,23 +390,6 @@ class Exchange:
             masked_hash="" if masked is None else masked.hash,
             scoreboard=str(self._scoreboard),
             host=socket.gethostname(),
-        )
-
-    def _instruction_from_afar(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
-        """The same for a client on a device of its own: no folder of ours, no key of what lies here."""
-        return Instruction(
-            run=self.run,
-            round=round_number,
-            config=keys_for_clients(self.config),
-            clients=clients,
-            feedback=tuple(self.feedback.get(client, 0) for client in clients),
-            teacher="",
-            teacher_hash=self.federation.teacher.hash,
-            dataset="",
-            student="",
-            student_hash=self.federation.pupil.hash,
-            token_budget=self.token_budget,
-            task=task_text(self.data.task),
         )
 
 

@@ -21,6 +21,7 @@ class Phase:
         failed, rejected, late: the others, and the reason.
         recovered: clients that were lost at first and answered from another node.
         busy: seconds of work by node.
+        last_answer: when the last readable answer came, by the monotonic clock; 0: none has.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Phase:
     bytes_down: int = 0
     began: float = field(default_factory=time.monotonic)
     ended: float = 0.0
+    last_answer: float = 0.0
 
     @property
     def reached(self) -> bool:
@@ -65,6 +67,7 @@ class Phase:
 
     def accept(self, node: int, lines: Sequence[ClientLine], refused: dict[int, str]) -> None:
         """Note a readable answer; ``refused`` are clients whose own update the server does not take."""
+        self.last_answer = time.monotonic()
         for line in lines:
             self.busy[node] = self.busy.get(node, 0.0) + line.seconds
             if line.client in refused:

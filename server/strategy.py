@@ -30,6 +30,7 @@ from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.consensus import Consensus
+from server.edge_exchange import EdgeExchange
 from server.exchange import NAMES, Exchange, StreamingGrid
 from server.feddf import FedDF
 from server.growth import Growth
@@ -79,9 +80,8 @@ class FederatedDistillation(Strategy):
         keys = self.config.client
         self.growth = Growth(keys.token_budget, keys.max_token_budget) if keys.grow_batch else None
         self.grid: Any = None
-        self.exchange = Exchange(
-            federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang
-        )
+        kind = EdgeExchange if federation.homes else Exchange
+        self.exchange = kind(federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang)
         method = METHODS.get(self.config.server.strategy, Averaging)
         self.method = method(federation, progress, self.exchange.tick, folder.add_line)
         if folder.resumed:
@@ -94,7 +94,8 @@ class FederatedDistillation(Strategy):
             RunFailed: too many clients were lost, or too few nodes came.
             Interrupted: the user stopped the run.
         """
-        streaming: Any = StreamingGrid(grid, self.exchange.tick)
+        exchange = self.exchange
+        streaming: Any = StreamingGrid(grid, exchange.tick, exchange.ask_again, exchange.moot)
         try:
             self.exchange.wait_for_nodes(streaming, self.nodes)
             self._narrow(streaming)

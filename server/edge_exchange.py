@@ -1,0 +1,105 @@
+"""Exchanges with clients on devices of their own: each has one node, which may be away for a while and comes back.
+
+A message that was on its way when a connection broke is lost: Flower takes it for delivered. So a client that is silent
+for long is asked again. One that has answered already gives the same answer, without working again.
+"""
+
+import time
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+from common.bundle import bundled, unbundled
+from common.wire import Instruction
+from server.exchange import POLL_SECONDS, Exchange, Take
+from server.joining import keys_for_clients, task_text
+from server.phase import Phase
+
+AWAY = "its device is away"
+PATIENCE_SECONDS = 60.0  # at least, before a client is asked again; each time twice the last
+SLOWEST = 3.0  # and so many times what the slowest of the others has taken
+
+
+class EdgeExchange(Exchange):
+    """As `Exchange`, for clients that only their own node can work for."""
+
+    def ask_again(self) -> list[Message]:
+        """Messages for clients that have been silent for long."""
+        if self.phase is None:
+            return []
+        now, phase = time.monotonic(), self.phase
+        answered = phase.last_answer - phase.began if phase.accepted else 0.0
+        due = []
+        for client in {client for one in self._sent for client in one.clients}:
+            patience = max(PATIENCE_SECONDS, SLOWEST * answered) * 2 ** (len(phase.tried[client]) - 1)
+            if now - self._asked.get(client, now) > patience:
+                due.append(client)
+        return [self._message(self.federation.homes[client], (client,)) for client in due]
+
+    def moot(self) -> set[str]:
+        """Ids of messages to clients that have answered another one of the same phase."""
+        return self._moot
+
+    def _message(self, node: int, clients: tuple[int, ...]) -> Message:
+        self._asked.update(dict.fromkeys(clients, time.monotonic()))
+        return super()._message(node, clients)
+
+    def _lists(self, clients: Any, grid: Any) -> dict[int, tuple[int, ...]]:
+        self._asked: dict[int, float] = {}
+        self._moot: set[str] = set()
+        return {self.federation.homes[client]: (client,) for client in clients}
+
+    def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
+        if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            assert self.phase is not None
+            self._again.update(dict.fromkeys(clients, False))
+            self.phase.fail(clients, AWAY)
+        else:
+            super()._take(reply, node, clients, take)
+        others = [one for one in self._sent if one.clients == clients]
+        self._moot |= {one.message.metadata.message_id for one in others}
+        self._sent = [one for one in self._sent if one not in others]
+
+    def _second_chance(self, phase: Phase, grid: Any, size: int) -> list[Message]:
+        homes, again, here = self.federation.homes, self._again, set(grid.get_node_ids())
+        self._again = {client: blamed for client, blamed in again.items() if homes[client] not in here}
+        return self._messages([(homes[client], (client,)) for client in sorted(set(again) - set(self._again))])
+
+    def _can_try_again(self, grid: Any) -> bool:
+        """Wait for a client that is to be tried again; False: it was not there until time was up."""
+        phase, homes, told = self.phase, self.federation.homes, False
+        assert phase is not None
+        while not {homes[client] for client in self._again} & set(grid.get_node_ids()):
+            if time.monotonic() > phase.began + self.config.server.round_timeout:
+                return False
+            if not told:
+                away = ", ".join(str(client) for client in sorted(self._again))
+                self.progress.line(f"round {phase.round}: waits for client {away}: {AWAY}")
+                told = True
+            self.tick()
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def _content(self, clients: tuple[int, ...]) -> RecordDict:
+        return bundled(super()._content(clients))
+
+    def _read(self, reply: Message) -> RecordDict:
+        return unbundled(reply.content)
+
+    def _instruction(self, round_number: int, clients: tuple[int, ...]) -> Instruction:
+        """No folder of ours, no key of what lies here."""
+        return Instruction(
+            run=self.run,
+            round=round_number,
+            config=keys_for_clients(self.config),
+            clients=clients,
+            feedback=tuple(self.feedback.get(client, 0) for client in clients),
+            teacher="",
+            teacher_hash=self.federation.teacher.hash,
+            dataset="",
+            student="",
+            student_hash=self.federation.pupil.hash,
+            token_budget=self.token_budget,
+            task=task_text(self.data.task),
+        )
