@@ -16,8 +16,18 @@ import httpx
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message
 
 from clients.app import app
 from common.bundle import bundled, unbundled
@@ -25,6 +35,7 @@ from common.processes import end_with
 from common.runtime_api import TaskDesk, working
 
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 20.0  # between two looks whether a message that does not come has been given up
 SILENT_SECONDS = 5.0  # without an answer of our own SuperNode: it is gone, and we are started again with it
 WITHDRAWN = 75  # EX_TEMPFAIL, sysexits.h
 MAY_LEAVE = ("clients", "joined", "update", "student", "teacher")  # records; some with an ending, see `_is_known`
@@ -103,34 +114,71 @@ def _is_known(name: str) -> bool:
 
 
 def withdrawn() -> None:
-    """The message is not to be answered any more: end, to be started again.
-
-    One whose way here was cut is waited for without end by Flower's code, which nothing else can break off.
-    """
+    """The message is not to be answered any more: end, whatever the work, to be started again."""
     os._exit(WITHDRAWN)
+
+
+class Superseded(Exception):
+    """A message that never came whole: its sender is gone, and another one waits."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self.token = token
+
+
+def fetch(connection: RuntimeHttpClient, desk: TaskDesk) -> tuple[Message, Context]:
+    """The message of a task, when all of it has arrived at our SuperNode.
+
+    Raises:
+        Superseded: our SuperNode has gone on to another one.
+    """
+    task = connection.PullTaskInput(PullTaskInputRequest())
+    context = context_from_proto(task.context)
+    TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, context.run_id
+    TaskIdentity.node_id = context.node_id
+    (tree,) = connection.PullMessages(PullAppMessagesRequest()).message_object_trees
+    node, run = Node(node_id=context.node_id), context.run_id
+    while True:
+        try:
+            message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(connection.PullObject, node, run),
+                make_confirm_message_received_fn_protobuf(connection.ConfirmMessageReceived, node, run),
+                return_type=Message, max_time=LOOK_SECONDS, initial_backoff=POLL_SECONDS, backoff_cap=1.0,
+            )  # fmt: skip
+        except ObjectPullError:
+            if token := desk.acquire(TaskType.CLIENT_APP):
+                raise Superseded(token) from None
+        else:
+            message.metadata.__dict__["_message_id"] = tree.object_id  # it does not travel with the message
+            return message, context
 
 
 def work(desk: TaskDesk, audit: Audit) -> None:
     """Answer messages until our SuperNode is gone."""
-    heard, answers = time.monotonic(), Answers()
+    heard, answers, token = time.monotonic(), Answers(), ""
     while time.monotonic() - heard < SILENT_SECONDS:
         try:
-            token = desk.acquire(TaskType.CLIENT_APP)
+            token = token or desk.acquire(TaskType.CLIENT_APP)
             heard = time.monotonic()
         except httpx.HTTPError:
-            token = ""
+            pass
         if not token:
             time.sleep(POLL_SECONDS)
             continue
-        with desk.connect(token) as connection, working(connection, withdrawn):
-            message, context, _, _ = pull_task_input(connection)
-            message.content = unbundled(message.content)
-            audit.note("received", message)
-            reply = answers.to(message, context)
-            audit.note("sent", reply)
-            if reply.has_content():
-                reply.content = bundled(reply.content)
-            push_message(connection, reply, context)
+        try:
+            with desk.connect(token) as connection, working(connection, withdrawn):
+                token = ""
+                message, context = fetch(connection, desk)
+                message.content = unbundled(message.content)
+                audit.note("received", message)
+                reply = answers.to(message, context)
+                audit.note("sent", reply)
+                if reply.has_content():
+                    reply.content = bundled(reply.content)
+                push_message(connection, reply, context)
+        except Superseded as other:
+            token = other.token
         heard = time.monotonic()
 
 

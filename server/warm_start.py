@@ -32,6 +32,8 @@ from server.lesson import Lesson
 WARM = (0, -1)  # round and client of the warm start: what its random choices come from
 WARM_GENERAL = (0, -2)
 
+DECAY, CLIP = 0.01, 1.0  # AdamW's, and the gradient's norm at most, as where a teacher is fine-tuned
+
 
 def warms(config: Config, lesson: Lesson, *, final: bool) -> tuple[bool, bool]:
     """Whether the student learns on all public text, and whether on the public split.
@@ -55,8 +57,8 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
         "client": [
             _budget(config),
             config.client.micro_budget,
-            config.client.weight_decay,
-            config.client.clip_norm,
+            DECAY,
+            CLIP,
         ],
         "public": hash_json([data.train.keys[public].tolist(), np.asarray(data.train.labels[public]).tolist()]),
         "windows": [data.max_length, data.windows, data.stride],
@@ -88,8 +90,9 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
     recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
     recipe = replace(
-        recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, token_budget=_budget(config), proximal=0.0, sgd=False
-    )
+        recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, token_budget=_budget(config), weight_decay=DECAY,
+        clip_norm=CLIP, proximal=0.0, sgd=False,
+    )  # fmt: skip
     passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:
