@@ -30,12 +30,13 @@ class EdgeExchange(Exchange):
             return []
         now, phase = time.monotonic(), self.phase
         answered = phase.last_answer - phase.began if phase.accepted else 0.0
-        due = []
+        found = []
         for client in {client for one in self._sent for client in one.clients}:
-            patience = max(PATIENCE_SECONDS, SLOWEST * answered) * 2 ** (len(phase.tried[client]) - 1)
-            if now - self._asked.get(client, now) > patience:
-                due.append(client)
-        return [self._message(self.federation.homes[client], (client,)) for client in due]
+            times = sum(one.clients == (client,) for one in self._sent)
+            if now - self._asked[client] > max(PATIENCE_SECONDS, SLOWEST * answered) * 2 ** (times - 1):
+                found.append(self._message(self.federation.homes[client], (client,)))
+                phase.tried[client].pop()  # the same chance, not another
+        return found
 
     def moot(self) -> set[str]:
         """Ids of messages to clients that have answered another one of the same phase."""
@@ -51,13 +52,15 @@ class EdgeExchange(Exchange):
         return {self.federation.homes[client]: (client,) for client in clients}
 
     def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
+        others = [one for one in self._sent if one.clients == clients]
+        if reply.has_error() and others:
+            return  # the same question is on its way
         if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             assert self.phase is not None
             self._again.update(dict.fromkeys(clients, False))
             self.phase.fail(clients, AWAY)
         else:
             super()._take(reply, node, clients, take)
-        others = [one for one in self._sent if one.clients == clients]
         self._moot |= {one.message.metadata.message_id for one in others}
         self._sent = [one for one in self._sent if one not in others]
 

@@ -164,3 +164,21 @@ def test_what_is_no_bundle_is_refused(tmp_path):
     books = run.phase()
     assert books.accepted == {0, 2}
     assert books.losses() == [(1, "rejected: bundle: the header does not describe the bytes that came")]
+
+
+def test_an_error_while_the_same_question_is_on_its_way_again_is_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(edge_exchange, "PATIENCE_SECONDS", 0.3)
+    stopped = Later(0.6, Error(code=ErrorCode.CLIENT_APP_CRASHED, reason="ClientApp stopped responding."))
+    slow = Later(1.0, bundled(answer((2,))))
+    run = Run(tmp_path, {100: well, 101: well, 102: in_turn(stopped, slow, None, None)})
+    books = run.phase()
+    assert books.accepted == set(HOMES)
+    assert (books.failed, books.recovered) == ({}, set())
+
+
+def test_an_error_alone_gets_another_chance(tmp_path):
+    crashed = Error(code=ErrorCode.CLIENT_APP_CRASHED, reason="ClientApp stopped responding.")
+    run = Run(tmp_path, {100: well, 101: in_turn(crashed, crashed), 102: in_turn(crashed, well)})
+    books = run.phase()
+    assert books.accepted == {0, 2}
+    assert books.losses() == [(1, "failed: ClientApp stopped responding.")]
