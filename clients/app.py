@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,13 @@ def _arrays(message: Message, kind: str, instruction: Instruction, worker: Worke
 
 def _answer(message: Message, context: Context, work: Callable[[Instruction, Worker, Finished], RecordDict]) -> Message:
     def answer() -> Message:
-        instruction = unpack_instruction(message.content)
+        instruction, home = unpack_instruction(message.content), None
+        if is_home(context):  # whatever it says of folders and files is another machine's
+            home = home_of(context)
+            instruction = replace(instruction, teacher="", dataset="", student="", masked="", scoreboard="", host="")
         if _is_over(instruction):
             raise PhaseOver
-        worker = _worker(instruction, home_of(context) if instruction.task else None)
+        worker = _worker(instruction, home)
         return Message(work(instruction, worker, _finished(instruction)), reply_to=message)
 
     return _safely(answer)
@@ -140,17 +144,20 @@ def _safely(work: Callable[[], Message]) -> Message:
     raise failure
 
 
+def is_home(context: Context) -> bool:
+    """Whether this is a client's own device, and no worker of a simulation."""
+    return "state" in context.node_config
+
+
 def home_of(context: Context) -> Home:
     """The home of the client whose device this is.
 
     Raises:
         ClientRefused: this is a worker of a simulation.
     """
-    settings = context.node_config
-    if "state" not in settings:
+    if not is_home(context):
         raise ClientRefused("no client has its data here")
-    threads = int(settings["threads"])
-    return Home(Path(str(settings["state"])), int(settings["client"]), Path(str(settings["data"])), threads)
+    return Home.read(Path(str(context.node_config["state"])))
 
 
 def _worker(instruction: Instruction, home: Home | None) -> Worker:

@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from clients.edge_folder import ClientFolder, check_data
-from clients.fleet import Unreachable, answers, introduce
+from clients.fleet import KeyRefused, Unreachable, answers, introduce
 from clients.home import Home, keep_teacher
 from common.edge import alone_in
 from common.processes import Child, Stop, flower_environment, free_port, until_stopped
 from common.runtime_api import make_secret
 from common.store import write_atomically
 
+REFUSALS = 3  # of our key, until it is believed
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before another try; each is twice the last
-WITHDRAWN = 75  # a worker's exit code, see `clients.resident`
+WITHDRAWN, UNANSWERED = 75, 74  # a worker's exit codes, see `clients.resident`
 SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
 LOOK_SECONDS = 15.0  # between two looks at whether the server answers
 JOINED = re.compile(r"SuperNode ID: (\d+)")  # what Flower 1.41 logs
@@ -26,12 +28,12 @@ HELD = "Failed to activate SuperNode"
 Tell = Callable[[str], None]
 
 
-def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell, teacher: Path | None = None) -> None:
+def run_client(folder: ClientFolder, data: Path, tell: Tell, *, teacher: Path | None = None, **own: Any) -> None:
     """Take part until asked to stop.
 
     Args:
         data: this client's private examples.
-        threads: for training; 0: as many as the run says.
+        own: what else its owner says, see `Home`.
         teacher: a folder that holds the shared teacher; None: the server sends it, once.
 
     Raises:
@@ -40,19 +42,25 @@ def run_client(folder: ClientFolder, data: Path, threads: int, tell: Tell, teach
     path = check_data(data)
     folder.make_state()
     with alone_in(folder.state, "lock", "a client runs from this folder already"), until_stopped() as stop:
-        home = Home(folder.state, folder.settings.client, path, threads)
+        home = Home(folder.state, folder.settings.client, path, **own)
+        home.write()
         if teacher is not None:
             tell(f"the teacher in {teacher} is {keep_teacher(home, teacher)[:16]}")
-        node = {"client": home.client, "data": str(path), "state": str(home.state), "threads": threads}
-        write_atomically(folder.state / "node.toml", tomli_w.dumps(node).encode())
+        write_atomically(folder.state / "node.toml", tomli_w.dumps({"state": str(home.state)}).encode())
         make_secret(folder.secret_file)
-        wait = FIRST_WAIT
+        wait, refusals = FIRST_WAIT, 0
         while not stop.asked:
             began = time.monotonic()
             try:
                 introduce(folder)
                 reason = _run_supernode(folder, tell, stop)
+                refusals = 0
             except Unreachable as error:
+                reason = str(error)
+            except KeyRefused as error:  # a server that has just started may not have read the list yet
+                refusals += 1
+                if refusals >= REFUSALS:
+                    raise
                 reason = str(error)
             if stop.asked:
                 break
@@ -95,6 +103,8 @@ def _watch(child: Child, folder: ClientFolder, tell: Tell, stop: Stop, port: int
             if not worker.running:
                 tell(_why_ended(worker, folder))
                 worker.stop()
+                if worker.exit_code == UNANSWERED:
+                    return  # our SuperNode would wait for its answer for ever
                 worker = _start_resident(folder, port)
             if time.monotonic() - looked < LOOK_SECONDS:
                 continue

@@ -34,6 +34,10 @@ class Unreachable(Exception):
     """The server does not answer; it may do so later."""
 
 
+class KeyRefused(InputError):
+    """The server does not know our key, or has struck it off."""
+
+
 def introduce(folder: ClientFolder) -> None:
     """Show our key to the server, so that what is wrong is known before a SuperNode starts.
 
@@ -90,7 +94,7 @@ def _refusal(folder: ClientFolder, response: httpx.Response) -> Exception:
         apart = abs(datetime.now(UTC) - parsedate_to_datetime(response.headers["date"]))
         if apart > CLOCK_TOLERANCE:
             return InputError(f"the clocks of this machine and of {address} are {apart} apart; set this one right")
-    return InputError(
+    return KeyRefused(
         f"{address} refuses the key of client {folder.settings.client}: it is unknown there or was revoked; "
         "ask for a new folder (`fedistill edge add-client`)"
     )

@@ -9,9 +9,12 @@ state/audit.jsonl           what has come and gone, without any content
 
 import json
 import re
-from dataclasses import dataclass, replace
+import tomllib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from clients.worker import ClientRefused
 from common.config import Config, from_flat
@@ -22,10 +25,13 @@ from common.hashing import hash_tensors
 from common.models import load_teacher
 from common.partition import cut_private, text_groups
 from common.progress import Silent
+from common.slim import load_slim
 from common.store import build_folder, write_atomically
 from common.tasks import Task
 from common.version import FEDISTILL
 from common.wire import Instruction, Joined
+
+LIMITS = {f"client.{name.replace('_', '-')}": name for name in ("max_seconds", "energy_budget", "memory_limit")}
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,32 @@ class Home:
         state: the folder.
         client: its id.
         data: its file of private examples.
+        columns: of that file that a run may use: those of texts, then that of labels.
         threads: for training; 0: as many as the run says.
+        max_seconds, energy_budget, memory_limit: its owner's, as the keys of the same names; where both are given, the
+            stricter holds.
     """
 
     state: Path
     client: int
     data: Path
-    threads: int
+    columns: tuple[str, ...] = ("text", "label")
+    threads: int = 0
+    max_seconds: float = 0.0
+    energy_budget: float = 0.0
+    memory_limit: int = 0
+
+    @classmethod
+    def read(cls, state: Path) -> "Home":
+        """The home whose folder this is."""
+        told = tomllib.loads((state / "home.toml").read_text(encoding="utf-8"))
+        return cls(**{**told, "state": state, "data": Path(told["data"]), "columns": tuple(told["columns"])})
+
+    def write(self) -> None:
+        """Keep all of it in ``home.toml``."""
+        told = {**asdict(self), "data": str(self.data), "columns": list(self.columns)}
+        del told["state"]
+        write_atomically(self.state / "home.toml", tomli_w.dumps(told).encode())
 
     @property
     def cache(self) -> Path:
@@ -60,7 +85,12 @@ class Home:
         """The run's keys, with this device's own in place of the server's."""
         flat: dict[str, Any] = json.loads(instruction.config)
         own = {"runtime.cache": str(self.cache), "runtime.workers": 1, "runtime.device": "auto"}
-        return from_flat({**flat, **own, **({"runtime.threads": self.threads} if self.threads else {})})
+        if self.threads:
+            own["runtime.threads"] = self.threads
+        for key, mine in LIMITS.items():
+            limits = [limit for limit in (getattr(self, mine), flat.get(key, 0)) if limit]
+            own[key] = min(limits, default=0)
+        return from_flat({**flat, **own})
 
     def join(self, instruction: Instruction) -> Joined:
         """Read and cut the data; remember which they were.
@@ -94,10 +124,9 @@ class Home:
                 return
             for file, data in files.items():
                 (draft / file).write_bytes(data)
-            if student:
-                return  # opened, and compared, by who works with it
-            if _weights_hash(draft) != name:
-                raise ClientRefused("the teacher that was sent is not the one that was promised")
+            what, found = ("student", _slim_hash(draft)) if student else ("teacher", _weights_hash(draft))
+            if found != name:
+                raise ClientRefused(f"the {what} that was sent is not the one that was promised")
 
     def needs(self, instruction: Instruction) -> dict[str, str]:
         """What a worker is made of, as it lies here.
@@ -135,10 +164,19 @@ class Home:
             raise ClientRefused("it has not joined this run") from None
 
     def _table(self, config: Config, task: Task) -> Table:
+        """The data, where the task asks for the columns that the owner gives.
+
+        A server that could choose columns, or read what is wrong with a row, could search in the texts so.
+        """
+        if (*task.text_columns, task.label_column) != self.columns:
+            raise ClientRefused(
+                f"the task asks for columns that its owner does not give; these are {len(self.columns)}"
+            )
         try:
             return own_table(self.data, task, config)
-        except InputError as error:  # names the file, the column and the row, never what stands there
-            raise ClientRefused(_without_place(str(error), self.data)) from None
+        except InputError as error:
+            print(error, flush=True)  # into the owner's log
+            raise ClientRefused("its data file does not fit the task; its owner finds why in worker.log") from None
 
     def _is_asked(self, instruction: Instruction) -> None:
         if instruction.clients != (self.client,):
@@ -178,11 +216,10 @@ def _weights_hash(folder: Path) -> str:
     return hash_tensors(load_teacher(folder, key="--teacher").state_dict())
 
 
+def _slim_hash(folder: Path) -> str:
+    return hash_tensors(load_slim(folder)[0].state_dict())
+
+
 def _folders(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return [path for path in found if path.is_dir() and len(path.name) == 64 and not path.name.startswith(".")]
-
-
-def _without_place(text: str, path: Path) -> str:
-    """An error's text for the server: which file it is on this machine is nobody's business."""
-    return text.replace(str(path), "its data file")[:200]

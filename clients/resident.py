@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ from flwr.supernode.runtime.run_clientapp import push_message
 
 from clients.app import app
 from common.bundle import bundled, unbundled
+from common.errors import place_of
 from common.processes import end_with
 from common.runtime_api import TaskDesk, working
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 20.0  # between two looks whether a message that does not come has been given up
 SILENT_SECONDS = 5.0  # without an answer of our own SuperNode: it is gone, and we are started again with it
-WITHDRAWN = 75  # EX_TEMPFAIL, sysexits.h
+WITHDRAWN, UNANSWERED = 75, 74  # EX_TEMPFAIL and EX_IOERR, sysexits.h
 MAY_LEAVE = ("clients", "joined", "update", "student", "teacher")  # records; some with an ending, see `_is_known`
 
 
@@ -55,7 +57,7 @@ class Audit:
             "flower_run": message.metadata.run_id,
         }
         if message.has_error():
-            line["error"] = message.error.code
+            line["error"] = [message.error.code, message.error.reason]
         else:
             line["records"] = {name: _outline(record) for name, record in message.content.items()}
         with self._path.open("a", encoding="utf-8") as stream:
@@ -118,6 +120,21 @@ def withdrawn() -> None:
     os._exit(WITHDRAWN)
 
 
+def _handle(message: Message, context: Context, answers: Answers, audit: Audit) -> Message:
+    """The answer as it travels; whatever goes wrong, there is one."""
+    try:
+        message.content = unbundled(message.content)
+        audit.note("received", message)
+        reply = answers.to(message, context)
+        audit.note("sent", reply)
+        if reply.has_content():
+            reply.content = bundled(reply.content)
+    except Exception as error:
+        reason = f"{type(error).__name__}{place_of(error)}"
+        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+    return reply
+
+
 class Superseded(Exception):
     """A message that never came whole: its sender is gone, and another one waits."""
 
@@ -170,15 +187,12 @@ def work(desk: TaskDesk, audit: Audit) -> None:
             with desk.connect(token) as connection, working(connection, withdrawn):
                 token = ""
                 message, context = fetch(connection, desk)
-                message.content = unbundled(message.content)
-                audit.note("received", message)
-                reply = answers.to(message, context)
-                audit.note("sent", reply)
-                if reply.has_content():
-                    reply.content = bundled(reply.content)
-                push_message(connection, reply, context)
+                push_message(connection, _handle(message, context, answers, audit), context)
         except Superseded as other:
             token = other.token
+        except Exception:  # our SuperNode waits for an answer that will not come: both begin anew
+            traceback.print_exc()
+            os._exit(UNANSWERED)
         heard = time.monotonic()
 
 

@@ -21,7 +21,7 @@ class BundleError(ValueError):
 def bundled(content: RecordDict) -> RecordDict:
     """The same records, each with one array in place of its many."""
     return RecordDict(
-        {name: _bundle(record) if isinstance(record, ArrayRecord) else record for name, record in content.items()}
+        {name: bundle(record) if isinstance(record, ArrayRecord) else record for name, record in content.items()}
     )
 
 
@@ -39,7 +39,8 @@ def unbundled(content: RecordDict) -> RecordDict:
     )
 
 
-def _bundle(record: ArrayRecord) -> ArrayRecord:
+def bundle(record: ArrayRecord) -> ArrayRecord:
+    """One array in place of a record's many."""
     header = [[name, one.dtype, list(one.shape), one.stype, len(one.data)] for name, one in record.items()]
     data = b"".join([json.dumps(header).encode(), b"\n", *(one.data for one in record.values())])
     return ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)})

@@ -6,6 +6,7 @@ column and the row, never the text or the label: both may be private.
 
 import difflib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -134,7 +135,9 @@ def _private_tables(config: Config, task: Task) -> dict[int, Table]:
     folder = Path(config.data.private).expanduser()
     if not folder.is_dir():
         raise InputError(f"{told}: no such folder; give one with a file for each client")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in READERS)
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in READERS]
+    # as people count: client-2 before client-10
+    files.sort(key=lambda path: [part.zfill(20) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
     if not files:
         raise InputError(f"{told}: no file of examples in it; give one for each client ({', '.join(READERS)})")
     if config.data.clients not in (0, len(files)):

@@ -7,10 +7,10 @@ for long is asked again. One that has answered already gives the same answer, wi
 import time
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from common.bundle import bundled, unbundled
+from common.bundle import bundle, unbundled
 from common.wire import Instruction
 from server.exchange import POLL_SECONDS, Exchange, Take
 from server.joining import keys_for_clients, task_text
@@ -49,6 +49,7 @@ class EdgeExchange(Exchange):
     def _lists(self, clients: Any, grid: Any) -> dict[int, tuple[int, ...]]:
         self._asked: dict[int, float] = {}
         self._moot: set[str] = set()
+        self._bundles: dict[int, ArrayRecord] = {}  # of the records of the phase
         return {self.federation.homes[client]: (client,) for client in clients}
 
     def _take(self, reply: Message, node: int, clients: tuple[int, ...], take: Take) -> None:
@@ -59,6 +60,7 @@ class EdgeExchange(Exchange):
             assert self.phase is not None
             self._again.update(dict.fromkeys(clients, False))
             self.phase.fail(clients, AWAY)
+            self._idle = -1  # to be away is not to fail
         else:
             super()._take(reply, node, clients, take)
         self._moot |= {one.message.metadata.message_id for one in others}
@@ -85,7 +87,11 @@ class EdgeExchange(Exchange):
         return True
 
     def _content(self, clients: tuple[int, ...]) -> RecordDict:
-        return bundled(super()._content(clients))
+        content = super()._content(clients)
+        record = content.get("student")
+        if isinstance(record, ArrayRecord):  # clients of a tier share it, bundled too
+            content["student"] = self._bundles.get(id(record)) or self._bundles.setdefault(id(record), bundle(record))
+        return content
 
     def _read(self, reply: Message) -> RecordDict:
         return unbundled(reply.content)

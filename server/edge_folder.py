@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -137,7 +138,11 @@ def _keys_in(folder: Path) -> dict[int, ec.EllipticCurvePublicKey]:
         name = CLIENT.fullmatch(path.stem)
         if name is None:
             raise InputError(f"{path}: not a client's key; its name is client-NUMBER.pub")
-        found[int(name[1])] = load_public_key(path)
+        try:
+            found[int(name[1])] = load_public_key(path)
+        except InputError:
+            if path.exists():  # else it was moved away in this moment
+                raise
     return dict(sorted(found.items()))
 
 
@@ -235,18 +240,17 @@ def renew(folder: EdgeFolder) -> Issued:
 
 def describe(folder: EdgeFolder) -> list[str]:
     """Lines for people: until when the certificates hold, their serial numbers, the clients' keys."""
-    authority, server = folder.authority(), folder.server()
+    authority, server = load_certificate(folder.ca_file, authority=True), folder.server().certificate
     lines = [
         f"server     {folder.endpoint.address}",
         f"CA         {_validity(authority)}",
-        f"server's   {_validity(server)}, for {', '.join(names_of(server.certificate))}",
+        f"server's   {_validity(server)}, for {', '.join(names_of(server))}",
     ]
     lines += [f"client-{number:<3} {fingerprint(key)}" for number, key in folder.admitted().items()]
     return lines + [f"client-{number:<3} {fingerprint(key)} revoked" for number, key in folder.revoked().items()]
 
 
-def _validity(issued: Issued) -> str:
-    certificate = issued.certificate
+def _validity(certificate: x509.Certificate) -> str:
     return f"certificate {certificate.serial_number:x}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
 

@@ -4,19 +4,24 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import httpx
 import tomli_w
-from flwr.app import Message
+from flwr.app import Message, Metadata
+from flwr.app.error import Error
+from flwr.app.message import make_message
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import fab_to_proto, run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
@@ -40,24 +45,48 @@ class EdgeGrid:
 
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
+        self._unsent: list[Message] = []  # errors in place of answers to messages that nobody took
 
     def get_node_ids(self) -> list[int]:
         return sorted(self._ask(self._grid.get_node_ids))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = list(self._ask(lambda: self._grid.push_messages(list(messages))))
-        if not all(ids):
-            raise LinkLost("the SuperLink takes no message for some of the nodes")
-        return ids
+        sent = list(messages)
+        ids = list(self._ask(lambda: self._grid.push_messages(sent)))
+        for message, name in zip(sent, ids, strict=True):
+            if not name:  # a node that was struck off
+                self._unsent.append(_error(message.metadata.message_id, "the server does not know its node any more"))
+        return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return list(self._ask(lambda: self._grid.pull_messages(list(message_ids))))
+        """Answers that are here; each by itself: what one client has sent must not touch the others' answers."""
+        found, self._unsent = self._unsent, []
+        for name in set(message_ids) - {reply.metadata.reply_to_message_id for reply in found}:
+            try:
+                found += self._ask(partial(self._grid.pull_messages, [name]))
+            except LinkLost:
+                raise
+            except Exception as error:  # Flower opens what clients have sent, and checks little of it before
+                found.append(_error(name, f"its answer cannot be opened ({type(error).__name__})"))
+        return found
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, RunNotRunningException) as error:
             raise LinkLost(f"the SuperLink does not answer ({type(error).__name__})") from None
+
+
+def _error(answered: str, reason: str) -> Message:
+    """An answer that nobody has sent."""
+    run = TaskIdentity.run_id
+    return make_message(
+        metadata=Metadata(
+            run_id=run, message_id="", src_node_id=SUPERLINK_NODE_ID, dst_node_id=SUPERLINK_NODE_ID,
+            message_type=SYSTEM_MESSAGE_TYPE, group_id="", ttl=0, reply_to_message_id=answered, created_at=time.time(),
+        ),
+        error=Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason),
+    )  # fmt: skip
 
 
 @contextmanager

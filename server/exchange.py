@@ -126,6 +126,7 @@ class Exchange:
         self._packed: dict[int, ArrayRecord] = {}  # what of them a message brings, by the largest tier in it
         self._sent: list[Sent] = []
         self._again: dict[int, bool] = {}  # clients to be tried again, and whether they may be to blame
+        self._idle = 0  # waves in a row that nobody has answered
         self._failing: set[int] = set()  # nodes that have lost a message of the open phase
         self._display: AbstractContextManager[Step] | None = None
         self._step: Step | None = None
@@ -177,16 +178,16 @@ class Exchange:
         """Check each reply of the open phase as it comes and fold it in, retry what was lost, close the phase."""
         phase = self.phase
         assert phase is not None
-        self._again, idle = {}, 0
+        self._again, self._idle = {}, 0
         size = len(phase.clients)
         self._take_all(replies, take)
-        while self._again and not phase.reached and idle < IDLE_WAVES and self._can_try_again(grid):
+        while self._again and not phase.reached and self._idle < IDLE_WAVES and self._can_try_again(grid):
             before = len(phase.accepted)
             self._tell(phase)
             size = max(min(size // 2, -(-len(self._again) // RETRY_MESSAGES)), 1)
             again = self._second_chance(phase, grid, size)
             self._take_all(grid.send_and_receive(again, timeout=self.config.server.round_timeout), take)
-            idle = 0 if len(phase.accepted) > before else idle + 1
+            self._idle = 0 if len(phase.accepted) > before else self._idle + 1
         for node in self._failing:  # one that answers other messages is well: a client is to blame
             self.misses[node] = self.misses.get(node, 0) + 1
         self.misses.update(dict.fromkeys(phase.busy, 0))

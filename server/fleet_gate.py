@@ -18,7 +18,9 @@ from typing import Any
 from common.processes import end_with
 
 FLEET = "/v1/fleet/"
-MAX_REQUEST_BYTES = 64 * 2**20  # Flower sends arrays in parts of 5 MiB; a body is read before its sender is known
+MAX_REQUEST_BYTES = (
+    32 * 2**20
+)  # Flower sends arrays in parts of at most 20 MiB; a body is read before its sender is known
 GRACE_SECONDS = 3
 ROUTINE = ("/v1/control/list-nodes", "ControlServicer.ListNodes")  # asked by us, every other second
 

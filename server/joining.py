@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from common.config import Config
 from common.errors import Interrupted, RunFailed
@@ -18,6 +19,7 @@ from common.wire import Instruction, Joined, WireError, pack, unpack_joined
 from server.reply import reason_of
 
 POLL_SECONDS = 0.1
+AGAIN_SECONDS = 30.0  # a question may be lost on its way
 NOBODY = "0" * 16  # there is no run yet
 OURS = ("data.source", "data.validation", "data.public-text", "teacher.model", "runtime.cache", "runtime.out")
 
@@ -54,7 +56,7 @@ def join(
         RunFailed: too few have joined.
         Interrupted: asked to stop.
     """
-    asked: set[int] = set()
+    asked: dict[int, float] = {}  # when
     waiting: dict[str, int] = {}  # by the id of the question
     found: dict[int, Joined] = {}
     refused: dict[int, str] = {}
@@ -65,15 +67,23 @@ def join(
             if stopped():
                 raise Interrupted
             here = set(grid.get_node_ids())
-            for client in [one for one, node in homes.items() if node in here and one not in asked]:
+            now, settled = time.monotonic(), {*found, *refused}
+            for client in [
+                one
+                for one, node in homes.items()
+                if node in here and one not in settled and now - asked.get(one, -AGAIN_SECONDS) >= AGAIN_SECONDS
+            ]:
                 message = Message(
                     pack(_question(client, keys, told), None), dst_node_id=homes[client], message_type="query.join"
                 )
                 waiting[grid.push_messages([message])[0]] = client
-                asked.add(client)
+                asked[client] = now
             for reply in grid.pull_messages(set(waiting)) if waiting else []:
                 client = waiting.pop(reply.metadata.reply_to_message_id, -1)
-                if client < 0:
+                if client < 0 or client in found:
+                    continue
+                if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                    asked.pop(client)  # it was there a moment ago
                     continue
                 try:
                     found[client] = _accept(reply, client, homes[client])

@@ -153,7 +153,8 @@ class FederatedDistillation(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         number, keys, client = self.done + server_round, self.config.server, self.config.client
-        sizes = UpTo(self.exchange.sizes) if client.max_seconds or client.energy_budget else self.exchange.sizes
+        partial = client.max_seconds or client.energy_budget or self.federation.homes  # a device's owner may set limits
+        sizes = UpTo(self.exchange.sizes) if partial else self.exchange.sizes
         intake = self.method.intake(number, self.weights, sizes)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         try:

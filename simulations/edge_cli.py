@@ -95,11 +95,17 @@ def server(
 
 
 @app.command()
-def client(
+def client(  # noqa: PLR0917 (options of a command)
     path: Annotated[Path, typer.Argument(metavar="CLIENT_DIR", help="this client's folder, copied from the server")],
     data: Annotated[Path, typer.Option(help="this client's private examples: CSV, JSONL or Parquet")],
     teacher: Annotated[Path | None, typer.Option(help="a folder with the shared teacher; without, it is sent")] = None,
+    columns: Annotated[
+        str, typer.Option(help="that a run may use: those of texts, then that of labels")
+    ] = "text,label",
     threads: Annotated[int, typer.Option(min=0, help="for training; 0: as many as the run says")] = 0,
+    max_seconds: Annotated[float, typer.Option(min=0, help="for a round's training; 0: no limit")] = 0.0,
+    energy_budget: Annotated[float, typer.Option(min=0, help="joules for a round's training; 0: no limit")] = 0.0,
+    memory_limit: Annotated[int, typer.Option(min=0, help="megabytes for the worker's batches; 0: what is free")] = 0,
 ) -> None:
     """Take part with a file of private data until stopped (Ctrl-C, SIGTERM).
 
@@ -109,7 +115,11 @@ def client(
     from clients.edge_client import run_client
     from clients.edge_folder import ClientFolder
 
-    run_client(ClientFolder.open(path), data, threads, _print_line, teacher)
+    run_client(
+        ClientFolder.open(path), data, _print_line, teacher=teacher,
+        columns=tuple(name.strip() for name in columns.split(",")), threads=threads, max_seconds=max_seconds,
+        energy_budget=energy_budget, memory_limit=memory_limit,
+    )  # fmt: skip
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """``fedistill edge run``: a run of real clients, with the display, run folder and exit codes of a simulation."""
 
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from common.config import Config, from_flat
 from common.corpus import load_corpus
 from common.edge import alone_in
-from common.errors import InputError, Interrupted
+from common.errors import InputError, Interrupted, RunFailed
 from common.keys import AT_CLIENTS, VOTING
 from common.progress import Progress
+from common.store import write_atomically
 from server.app import default_folder
 from server.edge_folder import EdgeFolder
 from server.run_folder import RunFolder
 from simulations.simulate import in_foreground, say_what_runs
 
+MEMBERS = "clients.json"  # in the run folder
+GONE = 0  # in place of the node of a client that was struck off
 AGAIN_SECONDS = 2.0  # between two tries to find the SuperLink
 LOST_SECONDS = 600.0  # without it, and the run has failed
 
@@ -41,7 +45,6 @@ def run_on_edge(
         RunFailed, Interrupted: the run folder says how far it came.
     """
     config = for_edge(config, edge)
-    least = least or len(edge.admitted())
     with alone_in(edge.state, "run.lock", "another run of this federation goes on"):
         folder = RunFolder(out or default_folder(config), config, resume=resume)
 
@@ -50,15 +53,17 @@ def run_on_edge(
 
             control_of(edge)
             prepared()
-            began = since = time.monotonic()
+            lost = time.monotonic()
+
+            def found() -> None:
+                nonlocal lost
+                lost = time.monotonic()
+
             while True:
                 try:
-                    return _attempt(edge, config, folder, progress, stop, least=least, wait=wait)
+                    return _attempt(edge, config, folder, progress, stop, found, least=least, wait=wait)
                 except LinkLost as error:
-                    began, lasted = time.monotonic(), time.monotonic() - began
-                    if lasted > AGAIN_SECONDS + 1:  # it was there for a while
-                        since = began
-                    if began - since > LOST_SECONDS:
+                    if time.monotonic() - lost > LOST_SECONDS:
                         raise
                     progress.line(f"{error}; trying again")
                 if stop.wait(AGAIN_SECONDS):
@@ -90,21 +95,30 @@ def for_edge(config: Config, edge: EdgeFolder) -> Config:
     clients = max(edge.admitted(), default=-1) + 1
     if not clients:
         raise InputError(f"{edge.path}: no client may take part; make one with `fedistill edge add-client`")
+    if config.data.private == AT_CLIENTS and config.data.clients:  # of a run that is resumed
+        clients = config.data.clients
     flat = {**config.flat(), "data.private": AT_CLIENTS, "data.clients": clients, "data.partition": "natural"}
     return from_flat(flat)
 
 
-def _attempt(
+def _attempt(  # noqa: PLR0917
     edge: EdgeFolder,
     config: Config,
     folder: RunFolder,
     progress: Progress,
     stop: threading.Event,
+    found: Callable[[], None],
     *,
     least: int,
     wait: float,
 ) -> dict[str, Any]:
-    """The run, or what is left of it, for as long as the SuperLink answers."""
+    """The run, or what is left of it, for as long as the SuperLink answers.
+
+    Those who joined when it began stay its clients: one that is not there when it goes on is away, and may come back.
+
+    Args:
+        found: called when the SuperLink has been found.
+    """
     from server.edge_link import edge_run, nodes_of_clients
     from server.joining import join
     from server.preparation import prepare
@@ -112,13 +126,36 @@ def _attempt(
 
     corpus = load_corpus(config)
     with edge_run(edge, stop.is_set) as grid:
-        homes = nodes_of_clients(edge)
+        found()
+        before = read_members(folder.path)
+        homes = {client: node for client, node in nodes_of_clients(edge).items() if client < config.data.clients}
+        asked = {client: node for client, node in homes.items() if not before or client in before}
         joined = join(
-            grid, homes, config, corpus.task, least=least, seconds=wait, progress=progress, stopped=stop.is_set
-        )
-        corpus = replace(corpus, sizes={client: (one.train, one.heldout) for client, one in joined.items()})
-        federation = prepare(config, progress, corpus)
-        federation.homes = {client: homes[client] for client in joined}
-        federation.held = {client: set(one.held) for client, one in joined.items()}
+            grid, asked, config, corpus.task, least=1 if before else least or len(asked), seconds=wait,
+            progress=progress, stopped=stop.is_set,
+        )  # fmt: skip
+        sizes = {client: (one.train, one.heldout) for client, one in joined.items()}
+        members = before or sizes
+        for client in sorted(members):
+            if client in sizes and sizes[client] != members[client]:
+                raise RunFailed(f"client {client} has other data than when the run began; start a new run")
+        federation = prepare(config, progress, replace(corpus, sizes=members))
+        write_members(folder.path, members)
+        federation.homes = {client: homes.get(client, GONE) for client in members}
+        federation.held = {client: set(joined[client].held) if client in joined else set() for client in members}
         say_what_runs(progress, config, federation)
-        return run_federation(federation, folder, grid, progress, nodes=least, stopped=stop.is_set)
+        return run_federation(federation, folder, grid, progress, nodes=len(joined), stopped=stop.is_set)
+
+
+def read_members(run: Path) -> dict[int, tuple[int, int]]:
+    """Train and held-out examples of those who joined when a run began, by client; none has begun: nothing."""
+    path = run / MEMBERS
+    if not path.is_file():
+        return {}
+    return {int(client): (int(train), int(held)) for client, (train, held) in json.loads(path.read_text()).items()}
+
+
+def write_members(run: Path, members: Mapping[int, tuple[int, int]]) -> None:
+    write_atomically(
+        run / MEMBERS, json.dumps({str(client): list(sizes) for client, sizes in members.items()}).encode()
+    )

@@ -1,6 +1,7 @@
 """A client at home: what it tells, what it keeps, and what it refuses."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ KEYS = {"task": "text", "data.private": "at-clients", "data.clients": 3, "data.m
 
 @pytest.fixture
 def home(tmp_path):
-    return Home(tmp_path / "state", 1, make_reviews(tmp_path / "secret name.csv", 50), threads=0)
+    return Home(tmp_path / "state", 1, make_reviews(tmp_path / "secret name.csv", 50))
 
 
 def files_of_folder(folder):
@@ -52,12 +53,65 @@ def test_a_question_for_another_client_is_refused(home):
             ask(instruction(clients=(2,)))
 
 
-def test_what_is_wrong_with_the_file_is_told_without_its_place_or_content(home):
+def test_what_is_wrong_with_the_file_is_the_owners_to_know(home, capsys):
     home.data.write_text("text,label\nwords nobody may see,7\n")
-    with pytest.raises(ClientRefused, match="its data file: row 1: the label is none of the 2 classes") as error:
+    with pytest.raises(ClientRefused) as error:
         home.join(instruction())
-    assert "secret name" not in str(error.value)
-    assert "words" not in str(error.value)
+    assert str(error.value) == "its data file does not fit the task; its owner finds why in worker.log"
+    assert "row 1: the label is none of the 2 classes" in capsys.readouterr().out
+
+
+def test_a_server_gets_no_other_column_than_its_owner_gives(home):
+    for columns, label in ((("owner",), "label"), (("text",), "text"), (("text", "owner"), "label")):
+        task = text_task(columns, ("0", "1"), label, False)
+        with pytest.raises(ClientRefused, match="columns that its owner does not give"):
+            home.join(instruction(task=json.dumps(asdict(task))))
+    pairs = replace(home, columns=("text", "owner", "label"))
+    assert pairs.join(instruction(task=json.dumps(asdict(text_task(("text", "owner"), ("0", "1"), "label", False)))))
+
+
+def test_a_home_is_read_as_it_was_written(home):
+    home.state.mkdir()
+    whole = replace(home, threads=2, max_seconds=1.5, memory_limit=300, columns=("a", "b", "c"))
+    whole.write()
+    assert Home.read(home.state) == whole
+
+
+def test_of_two_limits_the_stricter_holds(home):
+    mine = replace(home, max_seconds=5.0, memory_limit=100)
+    theirs = json.dumps({**KEYS, "client.max-seconds": 9.0, "client.energy-budget": 70.0, "client.memory-limit": 50})
+    keys = mine.config(instruction(config=theirs)).client
+    assert (keys.max_seconds, keys.energy_budget, keys.memory_limit) == (5.0, 70.0, 50)
+    assert mine.config(instruction()).client.max_seconds == 5.0
+
+
+def test_on_a_device_the_servers_folders_and_boards_are_nothing(supplied, monkeypatch):
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from clients import app
+    from common.wire import pack
+
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    home, asked = supplied
+    home.write()
+    board = home.state / "a file of its owner"
+    board.write_text("as it was")
+    context = Context(
+        run_id=1, node_id=1, node_config={"state": str(home.state)}, state=RecordDict(), run_config={}
+    )  # fmt: skip
+    import socket
+
+    spied = replace(asked, scoreboard=str(board), host=socket.gethostname(), teacher="/etc", dataset="../../etc")
+    for told in (spied, replace(spied, task="")):
+        message = Message(pack(told, None), dst_node_id=1, message_type="query.teach")
+        with suppress(app.ClientFailed):
+            app.app(message=message, context=context)
+        assert board.read_text() == "as it was"
+    message = Message(pack(replace(spied, task=""), None), dst_node_id=1, message_type="query.teach")
+    with pytest.raises(Exception, match="JSONDecodeError"):
+        app.app(message=message, context=context)
 
 
 def test_a_teacher_is_kept_when_it_is_the_one_that_was_promised(home, tiny_teacher, tmp_path):
@@ -118,7 +172,7 @@ def test_data_that_have_changed_since_are_refused(supplied):
     with pytest.raises(ClientRefused, match="not those that it has joined with"):
         home.needs(asked)
     home.data.unlink()
-    with pytest.raises(ClientRefused, match="its data file: no such file"):
+    with pytest.raises(ClientRefused, match="its data file does not fit the task"):
         home.needs(asked)
 
 
@@ -133,12 +187,15 @@ def test_what_is_not_here_is_said(supplied):
         home.needs(asked)
 
 
-def test_a_students_weights_are_compared_before_they_are_used(supplied):
+def test_a_student_is_kept_when_it_is_the_one_that_was_promised(supplied, tmp_path):
     home, asked = supplied
+    with pytest.raises(ClientRefused, match="the student that was sent is not the one"):
+        home.take(replace(asked, student_hash="c" * 64), files_of_folder(tmp_path / "pupil"))
+    assert [path.name for path in home.students.glob("?" * 64)] == [asked.student_hash]
     path = home.students / asked.student_hash
     wrong = json.loads((path / "fedistill.json").read_text()) | {"hash": "b" * 64}
     (path / "fedistill.json").write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match="not those"):
+    with pytest.raises(ValueError, match="not those"):  # and compared before it is used
         Worker(home.config(asked), **home.needs(asked))
 
 

@@ -22,8 +22,7 @@ def _inside_an_app(monkeypatch):
 
 
 def context(tmp_path):
-    node = {"client": 1, "data": str(tmp_path / "mine.csv"), "state": str(tmp_path), "threads": 1}
-    return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+    return Context(run_id=1, node_id=1, node_config={"state": str(tmp_path)}, state=RecordDict(), run_config={})
 
 
 def question(kind="train", **records):
@@ -97,3 +96,13 @@ def test_the_audit_has_kinds_shapes_bytes_and_hashes_and_no_content(tmp_path):
     assert (second["way"], "records" in second) == ("sent", False)
     assert "private" not in (tmp_path / "audit.jsonl").read_text()
     assert str(SECRET) not in (tmp_path / "audit.jsonl").read_text()
+
+
+def test_whatever_goes_wrong_there_is_an_answer(tmp_path, monkeypatch):
+    message = question(student=pack_arrays({"bundle": np.zeros(3, np.uint8)}))
+    found = resident._handle(message, context(tmp_path), Answers(), Audit(tmp_path / "audit.jsonl"))
+    assert found.error.reason.startswith("BundleError")
+    full = Audit(tmp_path / "no folder" / "audit.jsonl")  # as a disk that takes no more
+    found = resident._handle(question(instruction=note("x")), context(tmp_path), Answers(), full)
+    assert found.error.reason.startswith("FileNotFoundError")
+    assert str(tmp_path) not in found.error.reason

@@ -13,6 +13,7 @@ import pytest
 from common.dataset import load_tokenizer
 from common.models import load_teacher
 from common.processes import free_port
+from server.edge_folder import revoke
 from tests.conftest import make_sentences
 from tests.integration.conftest import read_lines, read_summary
 from tests.integration.edges import Proxy, home, make, until
@@ -233,7 +234,9 @@ def test_data_that_change_or_go_away_are_told_and_the_others_go_on(federation, k
     until(lambda: run.process.poll() is not None or "client 1 failed" in run.text(), run.text)
     assert run.exit_code() == 1
     assert "client 0 failed: its data are not those that it has joined with" in run.text()
-    assert "client 1 failed: its data file: no such file" in run.text()
+    assert "client 1 failed: its data file does not fit the task" in run.text()
+    log = (home(federation.folder, 1) / "state" / "worker.log").read_text()
+    assert f"{texts / 'private' / '1.csv'}: no such file" in log
     assert str(texts) not in run.text()
     assert read_summary(tmp_path / "run")["status"] == "failed"
 
@@ -273,4 +276,20 @@ def test_a_run_without_a_server_or_enough_clients_says_so(edge, federation, keys
     few = federation.run(tmp_path / "few", *keys, "--wait", "3")
     assert few.exit_code() == 1
     assert "0 of 3 clients have joined in 3 s; 3 are needed" in few.text()
+    assert federation.server.stop() == 0
+
+
+def test_one_that_is_struck_off_in_a_run_is_lost_alone_and_limits_are_its_owners(federation, keys, texts, tmp_path):
+    keys = [*keys, "-s", "client.epochs=40", "-s", "server.max-lost-fraction=0.6", "-s", "rounds=4"]
+    federation.start_clients("--max-seconds", "0.001")
+    run = federation.run(tmp_path / "run", *keys)
+    run.wait_for("round 1/4")
+    revoke(federation.folder, "2")
+    federation.server.wait_for("client 2 revoked")
+    assert run.exit_code() == 0, run.text()
+    lines = [line for line in read_lines(tmp_path / "run") if line["phase"] == "train"]
+    assert [line["clients"] for line in lines][-1] == 2
+    assert 0 < lines[0]["examples"] < 3 * 32  # of 40 each 32 to train on; out of time after the first step
+    federation.clients[2].exit_code()
+    assert [client.stop() for client in federation.clients[:2]] == [0, 0]
     assert federation.server.stop() == 0

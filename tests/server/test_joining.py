@@ -6,6 +6,7 @@ import threading
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.config import from_flat
@@ -143,3 +144,16 @@ def test_one_that_comes_later_is_waited_for():
 def test_a_stop_is_noticed():
     with pytest.raises(Interrupted):
         ask({}, seconds=60, stopped=lambda: True)
+
+
+def test_one_that_goes_away_and_comes_back_and_a_question_that_is_lost_are_asked_again(monkeypatch):
+    monkeypatch.setattr("server.joining.AGAIN_SECONDS", 0.3)
+    away = [Error(code=ErrorCode.NODE_UNAVAILABLE, reason="away"), None]
+
+    def node(message):
+        if not away:
+            return answer()(message)
+        error = away.pop(0)
+        return None if error is None else Message(error, reply_to=message)
+
+    assert sorted(ask({100: answer(), 101: answer(), 102: node}, seconds=20)) == [0, 1, 2]
