@@ -5,7 +5,7 @@ import socket
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app
@@ -24,6 +24,7 @@ from common.wire import (
 )
 from tests.conftest import make_dataset, make_needs, make_reviews
 
+WORKER = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
 CLIENTS = (0, 1, 2)
 
 
@@ -71,23 +72,23 @@ def failure(call):
 
 def test_an_answer_to_each_kind_of_message_is_one_that_the_server_takes(prepared):
     asked, (_, data, _) = instruction(prepared), prepared
-    taught = app.teach(message(asked, "query.teach"), None).content
+    taught = app.teach(message(asked, "query.teach"), WORKER).content
     assert unpack_sums(taught, {}) == {}
     assert [line.examples for line in unpack_lines(taught, frozenset(CLIENTS))] == [
         len(data.shard(client)) for client in CLIENTS
     ]
-    weighed = app.weigh(message(asked, "query.weigh"), None).content
+    weighed = app.weigh(message(asked, "query.weigh"), WORKER).content
     worker = app._worker(asked, None)
     parts = unpack_update(weighed, {"heads": (2, 2), "neurons": (2, 32)})
     assert all(total.min() >= 0 and total.any() for total in parts.values())
     lines = unpack_lines(weighed, frozenset(CLIENTS))
     assert [line.examples for line in lines] == data.train_sizes.tolist()
     assert app._worker(asked, None) is worker
-    trained = app.train(message(asked), None).content
+    trained = app.train(message(asked), WORKER).content
     assert set(unpack_update(trained, shapes(asked))) == set(shapes(asked))
     lines = unpack_lines(trained, frozenset(CLIENTS))
     assert [line.examples for line in lines] == data.train_sizes.tolist()
-    scored = app.evaluate(message(asked, "evaluate"), None).content
+    scored = app.evaluate(message(asked, "evaluate"), WORKER).content
     spec = data.task.score_spec
     whole = {"statistics": (statistics_length(spec),)}
     for sums in unpack_sums(scored, {"student": whole, "teacher": whole}).values():
@@ -97,7 +98,7 @@ def test_an_answer_to_each_kind_of_message_is_one_that_the_server_takes(prepared
 
 def test_own_updates_come_one_record_for_each_client(prepared):
     asked = instruction(prepared, server__packing="off")
-    reply = app.train(message(asked), None)
+    reply = app.train(message(asked), WORKER)
     assert set(reply.content) == {"clients", "update-0", "update-1", "update-2"}
     assert {name.partition("|")[0] for name in unpack_own_update(reply.content, 1)} == set(shapes(asked))
 
@@ -108,7 +109,7 @@ def test_an_error_tells_its_kind_and_place_and_no_text(prepared, monkeypatch):
 
     question = message(instruction(prepared))
     monkeypatch.setattr(app.Worker, "train", fails)
-    told = failure(lambda: app.train(question, None))
+    told = failure(lambda: app.train(question, WORKER))
     assert told.startswith("ValueError at test_app.py:")
     assert "Smith" not in told
 
@@ -121,7 +122,7 @@ def test_what_was_not_asked_properly_is_an_error(prepared):
         (pack(asked, None), WireError),
         (pack(instruction(prepared, server__wire="fp8"), None), InputError),
     ):
-        told = failure(lambda content=content: app.train(Message(content, dst_node_id=1, message_type="train"), None))
+        told = failure(lambda content=content: app.train(Message(content, dst_node_id=1, message_type="train"), WORKER))
         assert told.startswith(f"{kind.__name__} at ")
 
 
@@ -141,18 +142,18 @@ def test_a_worker_stays_as_long_as_its_run_lasts(prepared):
 def test_each_finished_client_adds_a_byte_to_the_board(prepared, tmp_path, kind):
     board = tmp_path / "board"
     board.write_bytes(b"....")
-    getattr(app, kind.removeprefix("query."))(message(instruction(prepared, board), kind), None)
+    getattr(app, kind.removeprefix("query."))(message(instruction(prepared, board), kind), WORKER)
     assert board.read_bytes() == b"." * (4 + len(CLIENTS))
 
 
 def test_without_a_board_here_the_work_is_done_all_the_same(prepared, tmp_path):
     for board in ("", tmp_path / "elsewhere" / "board"):
-        assert app.train(message(instruction(prepared, board)), None).has_content()
+        assert app.train(message(instruction(prepared, board)), WORKER).has_content()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_when_the_board_was_taken_away_nobody_waits_and_nothing_is_done(prepared, tmp_path, monkeypatch):
     question = message(instruction(prepared, tmp_path / "board"))
     monkeypatch.setattr(app.Worker, "train", lambda *given: pytest.fail("worked for nobody"))
-    assert failure(lambda: app.train(question, None)).startswith("PhaseOver at app.py:")
+    assert failure(lambda: app.train(question, WORKER)).startswith("PhaseOver at app.py:")
     assert list(tmp_path.iterdir()) == []
