@@ -225,7 +225,7 @@ def _build(config: Config, corpus: Corpus, tokenizer_folder: Path, folder: Path,
         cut = _cut_private if keys.private else _cut
         public, validation, shards = cut(config, corpus)
     share = config.data.holdout_fraction
-    if share > 0 and not shards.heldout_sizes.any():
+    if share > 0 and shards.train_sizes.any() and not shards.heldout_sizes.any():
         raise InputError(
             f"data.holdout-fraction = {share}: no example can be held out, because examples that share "
             "a text stay together and too many do; give other data.text-columns, or 0"
@@ -262,9 +262,10 @@ def _cut_private(config: Config, corpus: Corpus) -> tuple[Index, dict[str, Table
     groups = {client: text_groups(own) for client, own in corpus.private.items()}
     cut = cut_private(groups, clients, data.holdout_fraction, data.min_examples, config.seed)
     shards = replace(cut, order=cut.order + len(table))
+    here = bool(corpus.private or corpus.sizes)  # else the public text alone is wanted, of a run of real clients
     if corpus.sizes:
         shards = shards_of_sizes(np.asarray([corpus.sizes.get(client, (0, 0)) for client in range(clients)]))
-    if not shards.train_sizes.any():
+    if here and not shards.train_sizes.any():
         raise InputError(
             f"data.min-examples = {data.min_examples}: no client has that many private examples; give more of them, or "
             "a smaller minimum"

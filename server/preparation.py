@@ -16,6 +16,7 @@ from common.corpus import Corpus
 from common.dataset import FederatedDataset
 from common.device import Compute
 from common.errors import InputError
+from common.keys import AT_CLIENTS
 from common.models import choose_layers, pair_hidden_layers
 from common.nested import Tiers
 from common.progress import Progress
@@ -113,6 +114,10 @@ def prepare(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     Raises:
         InputError: a key, a file or the combination of both is wrong.
     """
+    if config.data.private == AT_CLIENTS and corpus is None:
+        raise InputError(
+            f"data.private = {AT_CLIENTS!r}: the private texts are with the clients; use `fedistill edge run`"
+        )
     source = find_teacher(config.teacher.model)
     origin = find_origin(config) or source
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)

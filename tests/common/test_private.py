@@ -90,6 +90,19 @@ def test_of_clients_elsewhere_the_server_knows_the_sizes_alone(files, tiny_teach
     assert len(data.train) == 30
 
 
+def test_the_public_part_of_a_run_of_real_clients_can_be_had_alone_and_no_simulation_begins(
+    files, tiny_teacher, tmp_path
+):
+    from server.preparation import prepare
+
+    config = config_of(files, **{"data.private": "at-clients", "data.clients": 4})
+    data = prepare_dataset(config, tiny_teacher, tmp_path / "cache", Silent())
+    assert len(data.validation["validation"]) == 6
+    assert data.eligible.tolist() == []
+    with pytest.raises(InputError, match="the private texts are with the clients; use `fedistill edge run`"):
+        prepare(config, Silent())
+
+
 def test_one_text_stays_on_one_side_and_small_clients_are_left_out():
     groups = {0: np.array([0, 0, 1, 2, 3, 4, 5, 6, 7, 0]), 2: np.arange(3)}
     shards = cut_private(groups, 3, 0.3, 4, seed=1)
