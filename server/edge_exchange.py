@@ -17,6 +17,7 @@ from server.joining import keys_for_clients, task_text
 from server.phase import Phase
 
 AWAY = "its device is away"
+STRUCK_OFF = "it may not take part any more"
 PATIENCE_SECONDS = 60.0  # at least, before a client is asked again; each time twice the last
 SLOWEST = 3.0  # and so many times what the slowest of the others has taken
 
@@ -76,6 +77,11 @@ class EdgeExchange(Exchange):
         phase, homes, told = self.phase, self.federation.homes, False
         assert phase is not None
         while not {homes[client] for client in self._again} & set(grid.get_node_ids()):
+            for client in self.federation.struck_off() & set(self._again):
+                del self._again[client]
+                phase.fail([client], STRUCK_OFF)
+            if not self._again:
+                return False
             if time.monotonic() > phase.began + self.config.server.round_timeout:
                 return False
             if not told:

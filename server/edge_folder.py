@@ -123,6 +123,10 @@ class EdgeFolder:
         """Public keys of those that no longer may."""
         return _keys_in(self.path / "revoked")
 
+    def struck_off(self) -> set[int]:
+        """Numbers of those that no longer may."""
+        return {int(name[1]) for path in (self.path / "revoked").glob("*.pub") if (name := CLIENT.fullmatch(path.stem))}
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """One change at a time; clears what a killed one has left."""

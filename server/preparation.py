@@ -3,7 +3,7 @@
 Everything that can be wrong with the input is found here, before a worker starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class Federation:
         homes: the Flower node of each client where every client has a device of its own; empty: any node can work
             for any client.
         held: hashes of the models that these devices have, by client.
+        struck_off: ids of clients that may not take part any more.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class Federation:
     masked: MaskedTeacher | None = None
     homes: Mapping[int, int] = field(default_factory=dict)
     held: dict[int, set[str]] = field(default_factory=dict)
+    struck_off: Callable[[], set[int]] = set
     tiers: Tiers = field(init=False)
     tier_of: NDArray[np.int64] = field(init=False)
 

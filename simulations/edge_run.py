@@ -142,6 +142,7 @@ def _attempt(  # noqa: PLR0917
         federation = prepare(config, progress, replace(corpus, sizes=members))
         write_members(folder.path, members)
         federation.homes = {client: homes.get(client, GONE) for client in members}
+        federation.struck_off = edge.struck_off
         federation.held = {client: set(joined[client].held) if client in joined else set() for client in members}
         say_what_runs(progress, config, federation)
         return run_federation(federation, folder, grid, progress, nodes=len(joined), stopped=stop.is_set)

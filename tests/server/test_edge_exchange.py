@@ -59,6 +59,7 @@ class Run:
             teacher=SimpleNamespace(folder=folder, hash="e" * 64),
             masked=None,
             homes=HOMES,
+            struck_off=set,
             tiers=SimpleNamespace(shapes={}),
             tier_of=np.zeros(3, dtype=np.int64),
             pupil=SimpleNamespace(key="s" * 32, hash="f" * 64),
@@ -182,3 +183,13 @@ def test_an_error_alone_gets_another_chance(tmp_path):
     books = run.phase()
     assert books.accepted == {0, 2}
     assert books.losses() == [(1, "failed: ClientApp stopped responding.")]
+
+
+def test_whoever_is_struck_off_meanwhile_is_not_waited_for(tmp_path):
+    run = Run(tmp_path, {100: well, 101: well, 102: in_turn(AWAY)})
+    run.grid.get_node_ids = lambda: [100, 101]
+    run.exchange.federation.struck_off = lambda: {2, 9}
+    books = run.phase()
+    assert books.accepted == {0, 1}
+    assert books.losses() == [(2, "failed: it may not take part any more")]
+    assert books.seconds < TIMEOUT
