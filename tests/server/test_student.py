@@ -400,12 +400,12 @@ def test_a_narrowed_student_is_the_wide_one_cut(school):
 
 
 def test_a_narrowed_student_is_warmed_up_again(school):
-    keys = {**WARM, "student__heads": 1, "student__warm_epochs": 10, "distill__hard_weight": 0.0}
+    keys = {**WARM, "student__heads": 1, "student__warm_epochs": 40, "distill__hard_weight": 0.0}
     wide, width = school.student(**keys), (((1,), (0,)), (tuple(range(32)),) * 2)
     warm = narrow_student(school.config(**keys), school.lesson, wide, width, Silent())
     cold = narrow_student(school.config(**{**keys, "student__warm_epochs": 0}), school.lesson, wide, width, Silent())
     assert warm.hash != cold.hash
-    assert disagreement(school, warm) < disagreement(school, cold)
+    assert disagreement(school, warm) < 0.8 * disagreement(school, cold)
 
 
 def test_how_narrow_a_student_will_be_is_known_before_it_is():
