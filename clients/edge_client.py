@@ -15,12 +15,11 @@ from clients.fleet import KeyRefused, Unreachable, answers, introduce
 from clients.home import Home, keep_teacher
 from common.edge import alone_in
 from common.processes import Child, Stop, flower_environment, free_port, until_stopped
-from common.runtime_api import make_secret
+from common.runtime_api import UNANSWERED, WITHDRAWN, make_secret
 from common.store import write_atomically
 
 REFUSALS = 3  # of our key, until it is believed
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before another try; each is twice the last
-WITHDRAWN, UNANSWERED = 75, 74  # a worker's exit codes, see `clients.resident`
 SETTLED_SECONDS = 60.0  # a SuperNode that lived so long starts the count anew
 LOOK_SECONDS = 15.0  # between two looks at whether the server answers
 JOINED = re.compile(r"SuperNode ID: (\d+)")  # what Flower 1.41 logs

@@ -29,7 +29,7 @@ from common.slim import load_slim
 from common.store import build_folder, write_atomically
 from common.tasks import Task
 from common.version import FEDISTILL
-from common.wire import Instruction, Joined
+from common.wire import MODEL_FILE, Instruction, Joined
 
 LIMITS = {f"client.{name.replace('_', '-')}": name for name in ("max_seconds", "energy_budget", "memory_limit")}
 
@@ -207,7 +207,7 @@ def keep_teacher(home: Home, folder: Path) -> str:
     with build_folder(home.teachers / name) as draft:
         if draft is not None:
             for path in folder.iterdir():
-                if path.is_file() and path.suffix in (".json", ".txt", ".safetensors", ".model"):
+                if path.is_file() and MODEL_FILE.fullmatch(path.name):
                     (draft / path.name).write_bytes(path.read_bytes())
     return name
 

@@ -34,12 +34,11 @@ from clients.app import app
 from common.bundle import bundled, unbundled
 from common.errors import place_of
 from common.processes import end_with
-from common.runtime_api import TaskDesk, working
+from common.runtime_api import UNANSWERED, WITHDRAWN, TaskDesk, working
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 20.0  # between two looks whether a message that does not come has been given up
 SILENT_SECONDS = 5.0  # without an answer of our own SuperNode: it is gone, and we are started again with it
-WITHDRAWN, UNANSWERED = 75, 74  # EX_TEMPFAIL and EX_IOERR, sysexits.h
 MAY_LEAVE = ("clients", "joined", "update", "student", "teacher")  # records; some with an ending, see `_is_known`
 
 

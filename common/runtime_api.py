@@ -26,6 +26,7 @@ from common.edge import check_private, write_private
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 SECRET_BYTES = 32
+WITHDRAWN, UNANSWERED = 75, 74  # exit codes of a client's worker: EX_TEMPFAIL and EX_IOERR, sysexits.h
 
 
 def make_secret(path: Path) -> Path:
