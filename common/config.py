@@ -16,7 +16,8 @@ from pydantic import ValidationError, model_validator
 
 from common.combinations import check_combinations, resolve_server
 from common.errors import InputError
-from common.keys import Keys, Scalar, Section
+from common.keys import Keys
+from common.section import Scalar, Section
 
 
 class Config(Keys):

@@ -4,16 +4,14 @@ Values are scalars, because that is all Flower carries; lists are written with c
 in `common.combinations`.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from common.privacy_keys import PrivacyKeys
+from common.section import Fraction, Rate, Section, Weight
 from common.tiers import Size, read_sizes
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, le=1e6, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
-Scalar = str | int | float | bool
 Strategy = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
     "feddf", "fedmd", "ds-fl", "fedkd",
@@ -27,19 +25,6 @@ FUSED = ("feddf",)  # need it too
 VOTING = ("fedmd", "ds-fl")  # outputs on public text travel, and no weights
 PUBLIC = ("feddf", *VOTING)  # need public text
 KEEPING = (*VOTING, "fedkd")  # clients keep a model of their own on their disks
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Section(BaseModel):
-    """Keys that are typed, known and finite."""
-
-    # strict: every source of keys is typed, and `rounds=true` must not mean 1
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, alias_generator=_kebab, validate_default=True
-    )
 
 
 class DataKeys(Section):
@@ -341,4 +326,5 @@ class Keys(Section):
     distill: DistillKeys = DistillKeys()
     client: ClientKeys = ClientKeys()
     server: ServerKeys = ServerKeys()
+    privacy: PrivacyKeys = PrivacyKeys()
     runtime: RuntimeKeys = RuntimeKeys()

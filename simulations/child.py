@@ -13,7 +13,7 @@ import psutil
 import tomli_w
 
 from common.errors import Interrupted
-from common.keys import Scalar
+from common.section import Scalar
 
 PATIENCE = 30.0  # seconds that a stopped run may take to write its summary
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.config import Config, from_flat, read_settings, read_toml
 from common.errors import InputError
-from common.keys import Scalar
+from common.section import Scalar
 from common.tasks import GLUE
 
 ALONE = "run"  # the arm of a file that names none

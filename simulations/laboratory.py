@@ -1,0 +1,110 @@
+"""A federation in one process and without Flower, for whoever has to train many: attacks, and what defences cost.
+
+The client's code is the worker's and the server's is the intake and the method of the real thing; only the messages
+are missing. A round here gives the bits of a round there.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clients.worker import Worker
+from common.config import Config
+from common.inference import predict
+from common.progress import Progress
+from common.wire import ClientLine, Instruction, pack_reply
+from server.assignment import pick_cohort
+from server.averaging import mean_of_last
+from server.intake import Intake
+from server.method import Averaging
+from server.preparation import Federation, prepare
+
+Weights = dict[str, NDArray[np.float32]]
+Rows = Mapping[int, NDArray[np.int64]]
+Watch = Callable[[int, Weights, Intake], None]  # told of a round's number, the weights it began from, what came in
+
+
+class Apprentice(Worker):
+    """A worker whose clients can be given other examples to train on than their own.
+
+    Attributes:
+        rows: of the training data, by client; a client that is not named has its own.
+    """
+
+    rows: Rows = {}
+
+    def _rows_of(self, client: int) -> NDArray[np.int64]:
+        rows = self.rows.get(client)
+        return super()._rows_of(client) if rows is None else rows
+
+
+class Laboratory:
+    """A prepared federation and its one worker.
+
+    Args:
+        config: with server.packing = "off" each client's own update is in the intake.
+    """
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.federation: Federation = prepare(config, progress)
+        self.worker = Apprentice(config, **self._needs())
+        self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
+
+    @property
+    def data(self) -> Any:
+        return self.federation.data
+
+    def train(self, rows: Rows | None = None, *, watch: Watch = lambda number, weights, intake: None) -> Weights:
+        """The weights after all rounds.
+
+        Args:
+            rows: (k,) of the training data, what each client trains on; see `Apprentice`.
+        """
+        weights, memory = self.federation.weights(), {}  # type: ignore[var-annotated]
+        for number in range(1, self.config.rounds + 1):
+            before = weights
+            intake = self.round(number, weights, rows)
+            moved = self.method.step(number, weights, intake.update(), intake, memory)
+            weights = mean_of_last(self.config, number, moved, memory)
+            watch(number, before, intake)
+        return weights
+
+    def round(self, number: int, weights: Weights, rows: Rows | None = None) -> Intake:
+        """One round's replies, taken in."""
+        cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
+        self.worker.rows = rows or {}
+        sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
+        intake = self.method.intake(number, weights, sizes)
+        groups, lines = self.answer(number, weights, cohort)
+        intake.take(pack_reply(groups, lines), frozenset(cohort))
+        return intake
+
+    def answer(self, number: int, weights: Weights, cohort: Sequence[int]) -> tuple[Any, list[ClientLine]]:
+        """What the worker sends for these clients."""
+        return self.worker.train(weights, self._instruction(number, cohort), lambda count: None)
+
+    def logits(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(len(rows), num_labels) what a student with these weights answers to rows of the training data."""
+        tiers, data = self.federation.tiers, self.federation.pupil.data
+        tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
+        return predict(tiers[-1].model, data.train.tokens, rows, self.federation.compute)
+
+    def _needs(self) -> dict[str, str]:
+        federation = self.federation
+        return {
+            "teacher": str(federation.teacher.folder),
+            "teacher_hash": federation.teacher.hash,
+            "dataset": federation.data.key,
+            "student": federation.pupil.key,
+            "student_hash": federation.pupil.hash,
+        }
+
+    def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
+        empty = Instruction(secrets.token_hex(8), number, "", (), (), **self._needs())
+        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients))
