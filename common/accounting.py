@@ -1,0 +1,89 @@
+"""What noise costs: epsilon of a run of Poisson-sampled Gaussian mechanisms, and the noise that an epsilon asks for.
+
+Each of ``steps`` steps adds Gaussian noise of deviation ``noise_multiplier`` clip norms to a sum in which every unit
+is with probability ``rate``, by itself and unknown to anybody. The neighbouring relation is add or remove one unit.
+By privacy loss distributions (Koskela et al. 2020, https://arxiv.org/abs/1906.03049; Doroshenko et al. 2022,
+https://arxiv.org/abs/2207.04380) or Renyi moments (Mironov 2017, https://arxiv.org/abs/1702.07476) of dp-accounting,
+or privacy random variables (Gopi et al. 2021, https://arxiv.org/abs/2106.02848) of Opacus.
+"""
+
+import math
+import warnings
+from typing import Any
+
+from common.errors import InputError
+
+NEIGHBOURS = "add or remove one"
+LEAST_NOISE, MOST_NOISE = 1e-2, 1e6
+CLOSE = 1e-3  # of the noise that is found, relative
+
+
+def epsilon(*, noise_multiplier: float, rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
+    """What is spent; infinite without noise.
+
+    Args:
+        rate: chance of a unit to be in a step, 0 to 1.
+        accountant: pld, prv or rdp.
+
+    Raises:
+        InputError: the package that accounts is not installed.
+    """
+    if steps == 0 or rate == 0.0:
+        return 0.0
+    if noise_multiplier == 0.0:
+        return math.inf
+    if accountant == "prv":
+        return _opacus(noise_multiplier, rate, steps, delta)
+    return _google(noise_multiplier, rate, steps, delta, accountant)
+
+
+def noise_for(target: float, *, rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
+    """The smallest noise multiplier, to `CLOSE`, with which no more than ``target`` is spent.
+
+    Raises:
+        InputError: no noise that makes sense is enough; or as `epsilon`.
+    """
+    if steps == 0 or rate == 0.0:
+        return 0.0
+
+    def spent(noise: float) -> float:
+        return epsilon(noise_multiplier=noise, rate=rate, steps=steps, delta=delta, accountant=accountant)
+
+    high = 1.0
+    while spent(high) > target:
+        high *= 2.0
+        if high > MOST_NOISE:
+            raise InputError(f"privacy.epsilon = {target}: not even noise of {MOST_NOISE:g} clip norms reaches that")
+    low = high / 2.0
+    while low > LEAST_NOISE and spent(low) <= target:
+        low, high = low / 2.0, low
+    while high - low > CLOSE * high:
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if spent(middle) <= target else (middle, high)
+    return high
+
+
+def _google(noise: float, rate: float, steps: int, delta: float, accountant: str) -> float:
+    try:
+        import dp_accounting
+        from dp_accounting import pld, rdp
+    except ImportError:
+        raise InputError("dp-accounting is not installed: pip install 'fedistill[privacy]'") from None
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    kind: Any = pld.PLDAccountant if accountant == "pld" else rdp.RdpAccountant
+    one: Any = dp_accounting.GaussianDpEvent(noise)
+    if rate < 1.0:
+        one = dp_accounting.PoissonSampledDpEvent(rate, one)
+    return float(kind(neighboring_relation=relation).compose(one, steps).get_epsilon(delta))
+
+
+def _opacus(noise: float, rate: float, steps: int, delta: float) -> float:
+    try:
+        from opacus.accountants import PRVAccountant
+    except ImportError:
+        raise InputError("Opacus is not installed: pip install 'fedistill[privacy]'") from None
+    accountant = PRVAccountant()
+    accountant.history = [(noise, rate, steps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta))
