@@ -27,7 +27,7 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 class _Log(RotatingFileHandler):
     """A log whose lines are lost where the disk is full; logging would print each failure instead."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+    def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
