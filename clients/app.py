@@ -22,10 +22,11 @@ from clients.home import Home
 from clients.mutual import MutualWorker
 from clients.worker import ClientRefused, Finished, Worker
 from common.config import from_flat
-from common.errors import place_of
+from common.errors import place_of, told_of
 from common.wire import (
     ClientLine,
     Instruction,
+    mark_answer,
     pack_joined,
     pack_reply,
     unpack_files,
@@ -101,7 +102,8 @@ def supply(message: Message, context: Context) -> Message:
         instruction, began = unpack_instruction(message.content), time.perf_counter()
         home_of(context).take(instruction, unpack_files(message.content))
         lines = [ClientLine(client, 0, time.perf_counter() - began) for client in instruction.clients]
-        return Message(pack_reply({}, lines), reply_to=message)
+        content = mark_answer(pack_reply({}, lines), instruction, message.metadata.message_type)
+        return Message(content, reply_to=message)
 
     return _safely(answer)
 
@@ -120,7 +122,8 @@ def _answer(message: Message, context: Context, work: Callable[[Instruction, Wor
         if _is_over(instruction):
             raise PhaseOver
         worker = _worker(instruction, home)
-        return Message(work(instruction, worker, _finished(instruction)), reply_to=message)
+        content = work(instruction, worker, _finished(instruction))
+        return Message(mark_answer(content, instruction, message.metadata.message_type), reply_to=message)
 
     return _safely(answer)
 
@@ -140,7 +143,7 @@ def _safely(work: Callable[[], Message]) -> Message:
     except ClientRefused as error:
         failure = ClientFailed(str(error))
     except Exception as error:
-        failure = ClientFailed(f"{type(error).__name__}{place_of(error)}")
+        failure = ClientFailed(f"{told_of(error)}{place_of(error)}")
     raise failure
 
 

@@ -32,7 +32,7 @@ from flwr.supernode.runtime.run_clientapp import push_message
 
 from clients.app import app
 from common.bundle import bundled, unbundled
-from common.errors import place_of
+from common.errors import place_of, told_of
 from common.processes import end_with
 from common.runtime_api import UNANSWERED, WITHDRAWN, TaskDesk, working
 
@@ -129,7 +129,7 @@ def _handle(message: Message, context: Context, answers: Answers, audit: Audit) 
         if reply.has_content():
             reply.content = bundled(reply.content)
     except Exception as error:
-        reason = f"{type(error).__name__}{place_of(error)}"
+        reason = f"{told_of(error)}{place_of(error)}"
         return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
     return reply
 

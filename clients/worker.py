@@ -28,6 +28,7 @@ from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
 from common.device import choose_compute
 from common.distillation import Room
+from common.errors import told_of
 from common.fixed_point import ExactSum, NotFinite, Rows, add_into
 from common.hashing import hash_json, hash_tensors, runtime_fingerprint
 from common.importance import MOST, importance
@@ -379,4 +380,4 @@ def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused | MissingState) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingState) else told_of(error)

@@ -1,6 +1,9 @@
 """The ways a run ends early. Each carries one line a user can act on and no private text."""
 
+import errno
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def place_of(error: BaseException) -> str:
@@ -9,6 +12,12 @@ def place_of(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+
+
+def told_of(error: BaseException) -> str:
+    """All that may be told of an error that we did not foresee: that a disk is full, else its kind."""
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
+    return "its disk is full" if full else type(error).__name__
 
 
 class InputError(Exception):

@@ -24,6 +24,13 @@ LOG_BYTES = 10_000_000  # of each of two files
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
+class _Log(RotatingFileHandler):
+    """A log whose lines are lost where the disk is full; logging would print each failure instead."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class Child:
     """A Python module of ours that runs as a process, in a session of its own, so that Ctrl-C reaches us alone.
 
@@ -48,7 +55,7 @@ class Child:
 
     def _read(self, log: Path, hear: Callable[[str], None]) -> None:
         assert self._process.stdout is not None
-        keep = RotatingFileHandler(log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
+        keep = _Log(log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
         for line in self._process.stdout:
             keep.emit(logging.LogRecord("child", logging.INFO, "", 0, line.rstrip("\n"), None, None))
             hear(line.rstrip())

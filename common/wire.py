@@ -174,6 +174,26 @@ def pack_reply(groups: Mapping[str, Mapping[str, NDArray[Any] | Rows]], lines: l
     return content
 
 
+def mark_answer(content: RecordDict, instruction: Instruction, kind: str) -> RecordDict:
+    """The reply, with the question that it answers: a message of this kind."""
+    record = content["clients"]
+    assert isinstance(record, ConfigRecord)
+    record["answers"] = _question(instruction.run, instruction.round, kind)
+    return content
+
+
+def check_answer(content: RecordDict, run: str, round_number: int, kind: str) -> None:
+    """Raise `WireError` for the answer to another question, as of an earlier round."""
+    record = content.get("clients")
+    told = record.get("answers") if isinstance(record, ConfigRecord) else None
+    if told != _question(run, round_number, kind):
+        raise WireError("its answer is to another question")
+
+
+def _question(run: str, round_number: int, kind: str) -> str:
+    return f"{run}/{round_number}/{kind}"
+
+
 def unpack_lines(content: RecordDict, clients: frozenset[int]) -> list[ClientLine]:
     """The line of each client that was asked. Raises `WireError` for any other, and for impossible numbers."""
     return _client_lines(_config_text(content, "clients"), clients)

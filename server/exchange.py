@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from common.errors import Interrupted, RunFailed
 from common.progress import Progress, Step
 from common.store import cache_folder
-from common.wire import ClientLine, Instruction, message_bytes, pack, pack_arrays
+from common.wire import ClientLine, Instruction, check_answer, message_bytes, pack, pack_arrays
 from server.assignment import FIXED_EXAMPLES, assign
 from server.phase import Phase
 from server.preparation import Federation
@@ -259,7 +259,9 @@ class Exchange:
             return
         phase.bytes_up += message_bytes(reply)
         try:
-            lines, refused = take(self._read(reply), frozenset(clients))
+            content = self._read(reply)
+            check_answer(content, self.run, phase.round, phase.kind)
+            lines, refused = take(content, frozenset(clients))
         except ValueError as error:
             self._lose(clients, blamed=True)
             phase.reject(clients, str(error))

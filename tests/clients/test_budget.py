@@ -64,6 +64,25 @@ def test_training_that_stops_is_that_of_its_first_steps_and_counts_what_it_saw(t
     assert any(not np.array_equal(moved[name], whole.arrays[name]) for name in moved)
 
 
+def test_two_passes_that_stop_after_the_first_are_one(tiny_teacher):
+    scene = Scene(tiny_teacher)
+    one, steps = dataclasses.replace(RECIPE, token_budget=64, epochs=1), []
+    common = {"compute": scene_compute(), "seed": 0, "who": WHO, "teacher": scene.teacher}
+    first = distil(
+        scene.student, scene.weights, scene.examples, recipe=one, spent=lambda: bool(steps.append(1)), **common
+    )
+    wanted = {name: array.copy() for name, array in first.arrays.items()}
+    left = iter(range(1, len(steps) + 1))
+    two = dataclasses.replace(one, epochs=2)
+    stopped = distil(
+        scene.student, scene.weights, scene.examples, recipe=two, spent=lambda: next(left) == len(steps), **common
+    )
+    assert len(steps) > 2
+    assert stopped.examples == first.examples == len(scene.rows)
+    for name, array in wanted.items():
+        assert np.array_equal(stopped.arrays[name], array)
+
+
 def scene_compute():
     from tests.conftest import FP32
 

@@ -62,9 +62,9 @@ def edge(tmp_path) -> Iterator[Callable[..., Any]]:
 
     started: list[Command] = []
 
-    def start(*arguments: object, prefix: tuple[str, ...] = ()) -> Command:
+    def start(*arguments: object, prefix: tuple[str, ...] = (), **more: Any) -> Command:
         out = tmp_path / f"out-{len(started)}.txt"
-        started.append(Command([str(argument) for argument in arguments], out, list(prefix)))
+        started.append(Command([str(argument) for argument in arguments], out, list(prefix), **more))
         return started[-1]
 
     yield start
@@ -74,3 +74,38 @@ def edge(tmp_path) -> Iterator[Callable[..., Any]]:
                 process.kill()
             command.process.kill()
             command.process.wait()
+
+
+@pytest.fixture
+def texts(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Of three clients, or as many as the test says."""
+    from tests.integration.edges import write_texts
+
+    return write_texts(tmp_path / "data", getattr(request, "param", 3))
+
+
+@pytest.fixture
+def keys(texts: Path, tiny_teacher: Path, tmp_path: Path) -> list[str]:
+    """Of a run of real clients with tiny models."""
+    given = {
+        "task": "text",
+        "rounds": 3,
+        "data.source": texts / "public.csv",
+        "data.validation": texts / "validation.csv",
+        "data.max-length": 32,
+        "teacher.model": tiny_teacher,
+        "student.layers": 2,
+        "student.heads": 1,
+        "client.lr": 0.01,
+        "runtime.workers": 2,
+        "runtime.cache": tmp_path / "cache",
+        "server.round-timeout": 600,
+    }
+    return [part for key, value in given.items() for part in ("-s", f"{key}={value}")]
+
+
+@pytest.fixture
+def federation(edge: Callable[..., Any], texts: Path, tmp_path: Path) -> Any:
+    from tests.integration.edges import Federation, make
+
+    return Federation(edge, texts, make(tmp_path / "fed", len(list((texts / "private").iterdir()))))

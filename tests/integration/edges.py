@@ -1,6 +1,8 @@
 """``fedistill edge`` commands that run beside a test, and links between them that can be watched and cut."""
 
 import asyncio
+import csv
+import json
 import os
 import signal
 import socket
@@ -12,23 +14,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from common.edge import ClientFile
 from common.processes import free_port
 from server.edge_folder import EdgeFolder, init
+from tests.conftest import make_sentences
 from tests.integration.conftest import ROOT
 
 LIMIT = 300.0  # seconds for anything to happen on a busy machine
 
 
-class Command:
-    """A ``fedistill edge`` command that runs, and the lines it has printed so far."""
+EXAMPLES = 40  # of each client
+COMMAND = ("simulations.cli", "edge")
 
-    def __init__(self, arguments: list[str], out: Path, prefix: list[str]) -> None:
+
+class Command:
+    """A ``fedistill edge`` command that runs, and the lines it has printed so far.
+
+    Args:
+        prefix: what runs it.
+        module: a module that stands in for it, and its first arguments.
+    """
+
+    def __init__(self, arguments: list[str], out: Path, prefix: list[str], module: tuple[str, ...] = COMMAND) -> None:
         self.out = out
-        command = [*prefix, sys.executable, "-m", "simulations.cli", "edge", *arguments]
+        command = [*prefix, sys.executable, "-m", *module, *arguments]
         with out.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, cwd=out.parent, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=stream, stderr=stream
@@ -78,9 +91,78 @@ def home(folder: EdgeFolder, number: int) -> Path:
     return folder.path / "clients" / f"client-{number}"
 
 
+def write_texts(folder: Path, clients: int) -> Path:
+    """Public text, a validation file and a file for each client; no sentence is in two of them."""
+    (folder / "private").mkdir(parents=True)
+    sentences = iter(sorted(set(make_sentences(800, seed=3, longest=14))))
+    for name, count in (("public", 60), ("validation", 40), *((f"private/{n}", EXAMPLES) for n in range(clients))):
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["text", "label"])
+            rows.writerows([next(sentences), ("bad", "good")[place % 2]] for place in range(count))
+    return folder
+
+
+class Federation:
+    """A server and its clients, each a process of its own."""
+
+    def __init__(self, edge: Callable[..., Command], texts: Path, folder: EdgeFolder) -> None:
+        self.edge, self.texts, self.folder, self.control = edge, texts, folder, free_port()
+        self.server = self.start_server()
+        self.clients: list[Command] = []
+
+    def __len__(self) -> int:
+        return len(list((self.texts / "private").glob("*.csv")))
+
+    def start_server(self) -> Command:
+        self.server = self.edge("server", self.folder.path, "--control-port", self.control)
+        self.server.wait_for("ready: ")
+        return self.server
+
+    def start_clients(self, *options: object) -> None:
+        self.clients = [self.start_client(number, *options) for number in range(len(self))]
+        for client in self.clients:
+            client.wait_for("joined ")
+
+    def start_client(self, number: int, *options: object, **more: Any) -> Command:
+        data = self.texts / "private" / f"{number}.csv"
+        return self.edge("client", home(self.folder, number), "--data", data, *options, **more)
+
+    def run(self, out: Path, *arguments: object) -> Command:
+        return self.edge("run", self.folder.path, *arguments, "--out", out)
+
+    def audit(self, number: int) -> list[dict[str, Any]]:
+        lines = (home(self.folder, number) / "state" / "audit.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def worker(self, number: int) -> psutil.Process:
+        return next(one for one in self.clients[number].family() if "clients.resident" in one.cmdline())
+
+    def supernode(self, number: int) -> psutil.Process:
+        return next(one for one in self.clients[number].family() if "clients.fleet" in one.cmdline())
+
+    def superlink(self) -> psutil.Process:
+        return next(one for one in self.server.family() if "server.fleet_gate" in one.cmdline())
+
+    def stop(self) -> None:
+        assert [client.stop() for client in self.clients] == [0] * len(self.clients)
+        assert self.server.stop() == 0
+
+
+def simulated(fedistill: Callable[..., Any], texts: Path, keys: list[str]) -> Any:
+    """A simulation with the same files, in the folder ``simulated``."""
+    done = fedistill("simulate", *keys, "-s", f"data.private={texts / 'private'}", "--out", "simulated")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @contextmanager
-def two_machines() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
-    """How to run a command at the server's and at the client's, and the server's address as the client sees it."""
+def two_machines(rate: str = "") -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
+    """How to run a command at the server's and at the client's, and the server's address as the client sees it.
+
+    Args:
+        rate: of the link between them, as ``tc`` writes it; empty: as fast as it is.
+    """
     names = [f"fedistill-{side}-{os.getpid()}" for side in ("server", "client")]
     try:
         for name in names:
@@ -90,6 +172,9 @@ def two_machines() -> Iterator[tuple[tuple[str, ...], tuple[str, ...], str]]:
             ip("-n", name, "address", "add", address, "dev", device)
             for each in (device, "lo"):
                 ip("-n", name, "link", "set", each, "up")
+            if rate:
+                limit = f"tc qdisc add dev {device} root tbf rate {rate} burst 64kbit latency 400ms"
+                ip("netns", "exec", name, *limit.split())
         server, client = (("ip", "netns", "exec", name) for name in names)
         made = True
     except (OSError, subprocess.CalledProcessError):
@@ -119,13 +204,14 @@ class Proxy:
 
     Attributes:
         sent: every byte that clients have sent.
+        calls: the same by connection.
         down: refuse connections; set by `cut`.
         delay: seconds that every piece of data is held.
     """
 
     def __init__(self, folder: EdgeFolder) -> None:
         self.folder, self.port = folder, free_port()
-        self.sent = bytearray()
+        self.sent, self.calls = bytearray(), list[bytearray]()
         self.down, self.delay = False, 0.0
         self._open: set[asyncio.StreamWriter] = set()
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -155,14 +241,33 @@ class Proxy:
             port = self.folder.endpoint.port
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port, ssl=self._trusted)
             self._open |= {writer, far_writer}
-            await asyncio.gather(self._pass(reader, far_writer, self.sent), self._pass(far_reader, writer, bytearray()))
+            self.calls.append(bytearray())
+            await asyncio.gather(
+                self._pass(reader, far_writer, self.sent, self.calls[-1]), self._pass(far_reader, writer, bytearray())
+            )
         self._open.discard(writer)
         writer.close()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, record: bytearray) -> None:
+    def replay(self) -> int:
+        """Say once more to the server all that clients have said so far; returns in how many connections."""
+        said = [bytes(call) for call in self.calls if call]
+        for call in said:
+            with (
+                suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.folder.endpoint.port), 5) as line,
+                self._trusted.wrap_socket(line, server_hostname="127.0.0.1") as safe,
+            ):
+                safe.sendall(call)
+                safe.settimeout(1.0)
+                while safe.recv(65536):
+                    pass
+        return len(said)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *records: bytearray) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
-                record += data
+                for record in records:
+                    record.extend(data)
                 await asyncio.sleep(self.delay)
                 writer.write(data)
                 await writer.drain()

@@ -1,113 +1,17 @@
 """Runs of real clients: the same bits as a simulation, what leaves a client, and what a run survives."""
 
 import csv
-import json
 import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 
 from common.dataset import load_tokenizer
 from common.models import load_teacher
-from common.processes import free_port
 from server.edge_folder import revoke
-from tests.conftest import make_sentences
 from tests.integration.conftest import read_lines, read_summary
-from tests.integration.edges import Proxy, home, make, until
-
-CLIENTS = 3
-EXAMPLES = 40  # of each
-
-
-@pytest.fixture
-def texts(tmp_path) -> Path:
-    """Public text, a validation file and a file for each client; no sentence is in two of them."""
-    folder = tmp_path / "data"
-    (folder / "private").mkdir(parents=True)
-    sentences = iter(sorted(set(make_sentences(600, seed=3, longest=14))))
-    for name, count in (("public", 60), ("validation", 40), *((f"private/{n}", EXAMPLES) for n in range(CLIENTS))):
-        with (folder / f"{name}.csv").open("w", newline="") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(["text", "label"])
-            rows.writerows([next(sentences), ("bad", "good")[place % 2]] for place in range(count))
-    return folder
-
-
-@pytest.fixture
-def keys(texts, tiny_teacher, tmp_path) -> list[str]:
-    given = {
-        "task": "text",
-        "rounds": 3,
-        "data.source": texts / "public.csv",
-        "data.validation": texts / "validation.csv",
-        "data.max-length": 32,
-        "teacher.model": tiny_teacher,
-        "student.layers": 2,
-        "student.heads": 1,
-        "client.lr": 0.01,
-        "runtime.workers": 2,
-        "runtime.cache": tmp_path / "cache",
-        "server.round-timeout": 600,
-    }
-    return [part for key, value in given.items() for part in ("-s", f"{key}={value}")]
-
-
-class Federation:
-    """A server and its clients, each a process of its own."""
-
-    def __init__(self, edge, texts, folder):
-        self.edge, self.texts, self.folder, self.control = edge, texts, folder, free_port()
-        self.server = self.start_server()
-        self.clients = []
-
-    def start_server(self):
-        self.server = self.edge("server", self.folder.path, "--control-port", self.control)
-        self.server.wait_for("ready: ")
-        return self.server
-
-    def start_clients(self, *options):
-        self.clients = [self.start_client(number, *options) for number in range(CLIENTS)]
-        for client in self.clients:
-            client.wait_for("joined ")
-
-    def start_client(self, number, *options):
-        data = self.texts / "private" / f"{number}.csv"
-        return self.edge("client", home(self.folder, number), "--data", data, *options)
-
-    def run(self, out, *arguments):
-        return self.edge("run", self.folder.path, *arguments, "--out", out)
-
-    def audit(self, number):
-        lines = (home(self.folder, number) / "state" / "audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def worker(self, number):
-        return next(one for one in self.clients[number].family() if "clients.resident" in one.cmdline())
-
-    def supernode(self, number):
-        return next(one for one in self.clients[number].family() if "clients.fleet" in one.cmdline())
-
-    def superlink(self):
-        return next(one for one in self.server.family() if "server.fleet_gate" in one.cmdline())
-
-    def stop(self):
-        assert [client.stop() for client in self.clients] == [0] * CLIENTS
-        assert self.server.stop() == 0
-
-
-@pytest.fixture
-def federation(edge, texts, tmp_path) -> Federation:
-    return Federation(edge, texts, make(tmp_path / "fed", CLIENTS))
-
-
-def simulated(fedistill, texts, keys, *more):
-    """The summary of a simulation with the same files."""
-    done = fedistill("simulate", *keys, *more, "-s", f"data.private={texts / 'private'}", "--out", "simulated")
-    assert done.returncode == 0, done.stderr
-    return done
+from tests.integration.edges import Proxy, home, make, simulated, until
 
 
 def learnt(run):
@@ -118,7 +22,7 @@ def learnt(run):
 def test_a_run_of_real_clients_is_a_simulation_bit_for_bit_and_no_text_leaves(
     federation, fedistill, keys, texts, tmp_path
 ):
-    links = [Proxy(federation.folder) for _ in range(CLIENTS)]
+    links = [Proxy(federation.folder) for _ in range(len(federation))]
     for number, link in enumerate(links):
         link.lead_through(number)
     federation.start_clients()

@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from common.config import from_flat
 from common.errors import Interrupted, RunFailed
 from common.progress import Silent
-from common.wire import ClientLine, message_bytes, pack_reply, unpack_instruction, unpack_student
+from common.wire import ClientLine, mark_answer, message_bytes, pack_reply, unpack_instruction, unpack_student
 from server.exchange import RETRY_MESSAGES, Exchange, StreamingGrid
 from server.intake import Summed
 
@@ -122,6 +122,8 @@ class MemoryGrid:
         if isinstance(given, Later):
             due, given = due + given.seconds, given.answer
         if given is not None:
+            if not isinstance(given, Error) and "answers" not in given.get("clients", ()):
+                mark_answer(given, unpack_instruction(message.content), message.metadata.message_type)
             reply = Message(given, reply_to=message)
             if isinstance(given, Error):
                 reply.metadata.__dict__["_src_node_id"] = 1  # nobody's, as Flower's word for a dead node
@@ -675,3 +677,14 @@ def test_a_refused_reply_is_told_in_the_words_of_the_check(tmp_path):
     run = Run(tmp_path, {1: lambda node, clients: pack_reply({}, [])}, (1,))
     books, _ = run.phase()
     assert books.rejected == {1: "client lines: not one for each client that was asked"}
+
+
+@pytest.mark.parametrize("changed", [{"round": 0}, {"kind": "evaluate"}, {"run": "f" * 16}])
+def test_the_answer_to_another_question_is_refused(tmp_path, changed):
+    """The sum would be right in all but its place."""
+    told = {"run": RUN, "round": 1, "kind": "train", **changed}
+    question = SimpleNamespace(run=told["run"], round=told["round"])
+    stale = Run(tmp_path, {1: lambda node, clients: mark_answer(answer(clients), question, told["kind"])}, (1,))
+    books, intake = stale.phase()
+    assert books.rejected == {1: "its answer is to another question"}
+    assert not intake.lines
