@@ -7,6 +7,7 @@ are missing. A round here gives the bits of a round there.
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.progress import Progress
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
-from server.intake import Intake
+from server.intake import Intake, Kept, Streamed
 from server.method import Averaging
 from server.preparation import Federation, prepare
 
@@ -36,22 +37,32 @@ class Apprentice(Worker):
         rows: of the training data, by client; a client that is not named has its own.
     """
 
-    rows: Rows = {}
+    def __init__(self, config: Config, **needs: str) -> None:
+        super().__init__(config, **needs)
+        self.rows: Rows = {}
 
     def _rows_of(self, client: int) -> NDArray[np.int64]:
         rows = self.rows.get(client)
         return super()._rows_of(client) if rows is None else rows
 
 
+def keeping(intake: Intake) -> Intake:
+    """The same way of taking replies; each client's own update, where it arrives, is kept."""
+    if type(intake) is not Streamed:
+        return intake
+    return Kept(intake.keys, intake.wire, intake.shapes, intake.sizes, squares=intake.squares)
+
+
 class Laboratory:
     """A prepared federation and its one worker.
 
     Args:
-        config: with server.packing = "off" each client's own update is in the intake.
+        config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
+        folder: where an attack keeps what it can go on from.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: Config, progress: Progress, folder: Path | None = None) -> None:
+        self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
         self.worker = Apprentice(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
@@ -80,7 +91,7 @@ class Laboratory:
         cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
         self.worker.rows = rows or {}
         sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
-        intake = self.method.intake(number, weights, sizes)
+        intake = keeping(self.method.intake(number, weights, sizes))
         groups, lines = self.answer(number, weights, cohort)
         intake.take(pack_reply(groups, lines), frozenset(cohort))
         return intake
