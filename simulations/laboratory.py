@@ -64,6 +64,7 @@ class Laboratory:
     def __init__(self, config: Config, progress: Progress, folder: Path | None = None) -> None:
         self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
+        self.start = self.federation.weights()  # of its module, which answers for other weights later
         self.worker = Apprentice(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
 
@@ -77,7 +78,7 @@ class Laboratory:
         Args:
             rows: (k,) of the training data, what each client trains on; see `Apprentice`.
         """
-        weights, memory = self.federation.weights(), {}  # type: ignore[var-annotated]
+        weights, memory = self.start, {}  # type: ignore[var-annotated]
         for number in range(1, self.config.rounds + 1):
             before = weights
             intake = self.round(number, weights, rows)
