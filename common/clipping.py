@@ -34,7 +34,7 @@ def slack(bound: float, values: int) -> float:
     return bound * 2.0**-22 + math.sqrt(values) * 0.5 / SCALE
 
 
-def clip(update: Update, bound: float) -> tuple[dict[str, NDArray[np.float32] | Rows], float]:
+def clip(update: Update, bound: float) -> tuple[dict[str, Any], float]:
     """The update with a norm below the bound, and the norm that it had; new arrays where it is scaled.
 
     Raises:

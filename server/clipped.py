@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.clipping import BELOW, HALF, below, clip, norm_of, slack
-from common.compression import Wire
+from common.compression import wire_for
 from common.fixed_point import SCALE, ExactSum, Rows
-from common.keys import ServerKeys
 from common.wire import ClientLine, Shapes, unpack_lines, unpack_update
 from server.aggregation import Rejected
 from server.client_privacy import ClientPrivacy, Update
@@ -24,13 +23,15 @@ from server.intake import Intake, Refused, Streamed, Summed
 CLOSE = 2.0**-20  # relative: what rounding does to a norm, and more
 
 
-def clipped_intake(
-    privacy: ClientPrivacy, keys: ServerKeys, wire: Wire, shapes: Shapes, sizes: Mapping[int, int], number: int
-) -> Intake:
-    """The way that the keys ask for; arguments as of `server.intake.intake_for`."""
-    if keys.packing == "on":
-        return ClippedSum(privacy, shapes, sizes, number)
-    return ClippedEach(privacy, keys, wire, shapes, sizes, number)
+def clipped_intake(privacy: ClientPrivacy, shapes: Shapes, sizes: Mapping[int, int], number: int) -> Intake:
+    """The way that the keys ask for.
+
+    Args:
+        shapes: of a client's update.
+        sizes: the examples each client is known to have.
+    """
+    kind = ClippedSum if privacy.config.server.packing == "on" else ClippedEach
+    return kind(privacy, shapes, sizes, number)
 
 
 class _Released:
@@ -80,16 +81,9 @@ class ClippedEach(_Released, Streamed):
         kept: the clipped updates by client, where they are asked for.
     """
 
-    def __init__(
-        self,
-        privacy: ClientPrivacy,
-        keys: ServerKeys,
-        wire: Wire,
-        shapes: Shapes,
-        sizes: Mapping[int, int],
-        number: int,
-    ) -> None:
-        super().__init__(keys, wire, shapes, sizes)
+    def __init__(self, privacy: ClientPrivacy, shapes: Shapes, sizes: Mapping[int, int], number: int) -> None:
+        keys = privacy.config.server
+        super().__init__(keys, wire_for(keys, number, privacy.config.rounds), shapes, sizes)
         self.privacy, self.number, self.bound = privacy, number, privacy.clip_norm
         self.sum = ExactSum(privacy.shapes(shapes))
         self.kept: dict[int, Mapping[str, NDArray[Any]]] | None = None

@@ -54,7 +54,7 @@ class Averaging:
             return TieredSum(federation.tiers, federation.tier_of, sizes)
         shapes, wire = federation.tiers.shapes, wire_for(keys, number, self.config.rounds)
         if self.privacy is not None:
-            return clipped_intake(self.privacy, keys, wire, shapes, sizes, number)
+            return clipped_intake(self.privacy, shapes, sizes, number)
         return intake_for(keys, wire, shapes, sizes, squares=self.config.client.grow_batch)
 
     def step(self, number: int, weights: Weights, update: MeanUpdate, intake: Intake, memory: Memory) -> Weights:
