@@ -79,18 +79,36 @@ def noise_for_all(
     def spending(noise: float) -> float:
         return spent([*done, *((noise, rate, steps) for rate, steps in planned)], delta=delta, accountant=accountant)
 
-    high = 1.0
-    while spending(high) > target:
-        high *= 2.0
+    low, high, far = 0.0, 1.0, math.inf  # noise that is too little, noise that is enough, and what the first spends
+    near = spending(high)
+    while near > target:
+        low, far, high = high, near, 2.0 * high
         if high > MOST_NOISE:
             raise InputError(f"privacy.epsilon = {target}: not even noise of {MOST_NOISE:g} clip norms reaches that")
-    low = high / 2.0
-    while low > LEAST_NOISE and spending(low) <= target:
-        low, high = low / 2.0, low
-    while high - low > CLOSE * high:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if spending(middle) <= target else (middle, high)
+        near = spending(high)
+    while low == 0.0 and high > LEAST_NOISE:
+        if (less := spending(high / 2.0)) > target:
+            low, far = high / 2.0, less
+        else:
+            high, near = high / 2.0, less
+    step = CLOSE / 2.0  # beyond where the target is thought to be, now to this side and now to the other
+    while low and high - low > CLOSE * high:
+        found = _between(low, far, high, near, target) * (1.0 + step)
+        found = min(max(found, low + (high - low) / 16.0), high - (high - low) / 16.0)
+        less = spending(found)
+        if less <= target:
+            high, near, step = found, less, -CLOSE / 2.0
+        else:
+            low, far, step = found, less, CLOSE / 2.0
     return high
+
+
+def _between(low: float, far: float, high: float, near: float, target: float) -> float:
+    """The noise that spends ``target``, were epsilon a power of noise; of ``low`` it is ``far``, of ``high`` ``near``."""
+    if not (math.isfinite(far) and near > 0.0):
+        return (low + high) / 2.0
+    power = math.log(far / near) / math.log(high / low)
+    return low * (far / target) ** (1.0 / power) if power > 0.0 else (low + high) / 2.0
 
 
 def _google(done: Sequence[Steps], delta: float, accountant: str) -> float:

@@ -21,7 +21,7 @@ def privacy_block(federation: Any, history: Any) -> dict[str, Any]:
 def spending(privacy: ClientPrivacy) -> dict[str, Any]:
     """What a run whose unit is a client has spent so far."""
     keys = privacy.keys
-    noisy = privacy.noise > 0.0
+    holds = privacy.noise > 0.0 and privacy.population <= privacy.clients
     found: dict[str, Any] = {
         "unit": "client",
         "epsilon": privacy.epsilon,
@@ -32,7 +32,7 @@ def spending(privacy: ClientPrivacy) -> dict[str, Any]:
         "clip_norm": privacy.clip_norm,
         "rate": privacy.rate,
         "rounds_charged": len(privacy.ledger.steps("update")),
-        "protects": {"student": noisy, "scores": noisy and keys.scores_share > 0.0, "cost": False, "faults": False},
+        "protects": {"student": holds, "scores": holds and keys.scores_share > 0.0, "cost": False, "faults": False},
         "reproducible": False,
     }
     if keys.scores_share:
@@ -60,9 +60,10 @@ def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:
 
 def _note(privacy: ClientPrivacy) -> str:
     keys = privacy.keys
+    what = "students and metrics.jsonl" if keys.scores_share else "students"
     words = [
-        "holds for the students and metrics.jsonl, towards whoever trusts the server; cohorts and noise come from the "
-        "operating system's entropy, so the run cannot be reproduced bit for bit"
+        f"holds for the {what}, towards everybody but the server; cohorts and noise come from the operating system's "
+        "entropy, so the run cannot be reproduced bit for bit"
     ]
     if keys.noise_cohort:
         words.insert(
