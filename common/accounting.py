@@ -104,7 +104,7 @@ def noise_for_all(
 
 
 def _between(low: float, far: float, high: float, near: float, target: float) -> float:
-    """The noise that spends ``target``, were epsilon a power of noise; of ``low`` it is ``far``, of ``high`` ``near``."""
+    """The noise that spends ``target``, were epsilon a power of it: ``far`` at ``low``, ``near`` at ``high``."""
     if not (math.isfinite(far) and near > 0.0):
         return (low + high) / 2.0
     power = math.log(far / near) / math.log(high / low)
