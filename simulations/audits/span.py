@@ -8,15 +8,17 @@ has its columns in the span of the rows of X, and while there are fewer tokens t
 any place has an input in that span. So each (piece, place) is tried by itself (DAGER, Petrov et al. 2024,
 https://arxiv.org/abs/2405.15586; its algorithm for encoders). Keys and values read the same X: their gradients are
 stacked here with the queries', which helps where the layer is the last one, whose queries get a gradient at the first
-place alone. Of a batch, the second layer's span tells which of the sentences that can be made of the found pieces are
-there.
+place alone.
+
+Of one text the piece at each place is found, and so the text. Of a batch the pieces are, but not their places: an input
+is the norm of word + place, so with (a, 1), (a, 2) and (b, 1) there is (b, 2) in the span too. (DAGER goes on to the
+second layer and tries all sentences that can be made; that search is not here.)
 
 Exact for one SGD step. What limits it: the rank, tokens < width (of a last layer, about 2 heads + 1 a text); a step of
 AdamW, whose signs have full rank; noise, which hides all directions of less than its own norm.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +32,7 @@ from common.device import Compute
 from common.families import family_of, layers_of
 from simulations.audits.victim import Seen
 
-CHUNK = 512  # pieces tried at once
-SENTENCES = 128  # sentences tried at once
+CHUNK = 64  # pieces tried at once
 ROUNDING = 2.0**-24  # of a weight, the deviation that rounding it a few times makes
 SLACK = 1.2  # over the largest singular value that noise alone would have
 
@@ -119,60 +120,13 @@ def distances(model: Any, span: Span, pieces: NDArray[np.int64], length: int, co
     return np.concatenate(found)
 
 
-def found_at(
-    distance: NDArray[np.float32], pieces: NDArray[np.int64], texts: int, tolerance: float
-) -> list[NDArray[np.int64]]:
-    """For each place the pieces inside the span, the nearest first, no more than there are texts."""
-    found = []
-    for column in distance.T:
-        order = np.argsort(column, kind="stable")[:texts]
-        found.append(pieces[order[column[order] < tolerance]])
-    return found
+def text_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance: float) -> list[int]:
+    """The one text whose pieces are inside the span: at each place the nearest, up to a place where none is inside."""
+    outside = np.flatnonzero(distance.min(axis=0) >= tolerance)
+    length = int(outside[0]) if len(outside) else distance.shape[1]
+    return [int(pieces[place]) for place in distance[:, :length].argmin(axis=0)]
 
 
-def nearest_at(distance: NDArray[np.float32], pieces: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """For each place the nearest piece, however far: a guess where no piece is inside."""
-    return [pieces[[place]] for place in distance.argmin(axis=0)]
-
-
-def sentences_of(
-    seen: Seen, places: Sequence[NDArray[np.int64]], *, ends: frozenset[int], most: int
-) -> list[list[int]]:
-    """Texts made of the pieces that were found at each place.
-
-    One is read off. Of several, all sentences that can be made are tried by the second layer's span, if there is one
-    and they are no more than ``most``; else pieces are put together as they come, which is right for no order.
-
-    Args:
-        ends: pieces that a text ends with.
-    """
-    whole, texts = [place for place in places if len(place)], seen.texts
-    if texts > 1 and len(layers_of(seen.model)) > 1:
-        span = span_of(seen, 1)
-        made = list(itertools.islice(_sentences(whole, ends), most + 1))
-        if span is not None and not span.full and 0 < len(made) <= most:
-            return _best(seen.model, span, made, texts, seen.compute)
-    return [[int(place[min(text, len(place) - 1)]) for place in whole] for text in range(texts)]
-
-
-def _sentences(places: Sequence[NDArray[np.int64]], ends: frozenset[int], begun: tuple[int, ...] = ()) -> Iterator[Any]:
-    """All sentences of a piece from each place, up to one that ends a text."""
-    if begun and begun[-1] in ends and len(begun) > 1:
-        yield begun
-    elif len(begun) < len(places):
-        for piece in places[len(begun)].tolist():
-            yield from _sentences(places, ends, (*begun, piece))
-    elif not ends:
-        yield begun
-
-
-def _best(model: Any, span: Span, made: list[tuple[int, ...]], texts: int, compute: Compute) -> list[list[int]]:
-    """The sentences whose places are nearest to the second layer's span, one after the other."""
-    scores = np.zeros(len(made))
-    for length in sorted({len(one) for one in made}):
-        where = [place for place, one in enumerate(made) if len(one) == length]
-        for start in range(0, len(where), SENTENCES):
-            part = where[start : start + SENTENCES]
-            inputs = read_by(model, 1, torch.tensor([made[place] for place in part]), compute)
-            scores[part] = span.distance(inputs).mean(dim=-1).numpy()
-    return [list(made[place]) for place in np.argsort(scores, kind="stable")[:texts]]
+def pieces_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
+    """The pieces of a batch: those that are inside the span at some place."""
+    return pieces[distance.min(axis=1) < tolerance]
