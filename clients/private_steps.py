@@ -74,9 +74,7 @@ class PrivateSteps:
         done: steps made.
     """
 
-    def __init__(
-        self, lots: Lots, *, noise: float, clip_norm: float, rng: np.random.Generator | None = None
-    ) -> None:
+    def __init__(self, lots: Lots, *, noise: float, clip_norm: float, rng: np.random.Generator | None = None) -> None:
         self.plan, self.noise, self.clip_norm = lots, noise, clip_norm
         self.rng = fresh_generator() if rng is None else rng
         self.done = 0
@@ -104,19 +102,27 @@ class PrivateSteps:
         weights = list(state.trained.values())
         sums = [torch.zeros_like(weight) for weight in weights]
         for batch in parts:
-            found = clipped_sum(state.student.model, weights, batch, recipe, compute, self.clip_norm)
+            found = clipped_sum(
+                state.student.model, weights, batch, recipe=recipe, compute=compute, clip_norm=self.clip_norm
+            )
             for total, part in zip(sums, found, strict=True):
-                total += part
+                total.add_(part)
         for weight, total in zip(weights, sums, strict=True):
             if self.noise > 0:
                 drawn = self.rng.standard_normal(tuple(total.shape)) * (self.noise * self.clip_norm)
-                total += torch.from_numpy(drawn).to(total)
-            weight.grad = total / (self.plan.rate * self.plan.count)
+                total.add_(torch.from_numpy(drawn).to(total))
+            weight.grad = total.div_(self.plan.rate * self.plan.count)
         self.done += 1
 
 
 def clipped_sum(
-    model: Any, weights: Sequence[torch.nn.Parameter], batch: Batch, recipe: Recipe, compute: Compute, clip_norm: float
+    model: Any,
+    weights: Sequence[torch.nn.Parameter],
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    compute: Compute,
+    clip_norm: float,
 ) -> list[Tensor]:
     """The sum over a batch of each example's gradient, scaled down to a norm; one that is not finite counts as zero.
 
@@ -135,7 +141,8 @@ def clipped_sum(
     if not fine.any():
         return [torch.zeros_like(weight) for weight in weights]
     # what one example does must not show in what becomes of the others
-    return clipped_sum(model, weights, _only(batch, fine), recipe, compute, clip_norm)
+    rest = _only(batch, fine)
+    return clipped_sum(model, weights, rest, recipe=recipe, compute=compute, clip_norm=clip_norm)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from common.hashing import hash_tensors
 from common.models import count_parameters
 from common.slim import Shape
 from server.preparation import Federation
+from server.privacy_report import privacy_block
 from server.scoring import tier_rows
 
 PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "datasets", "flwr-datasets", "numpy")
@@ -25,9 +26,10 @@ class History:
     """Sums over the rounds and the latest scores.
 
     Attributes:
-        losses: mean loss of the last round and its parts.
+        losses: mean loss of the last round and its parts; empty where clients do not tell.
         retried: clients that were lost at first and answered from another node.
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
+        epsilon, lifetime_epsilon: the most that a client's examples have spent, in this run and ever; None: no bound.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
         tier_student, tier_teacher, tier_validation: the same of each tier, the smallest first.
@@ -43,6 +45,8 @@ class History:
     late: int = 0
     retried: int = 0
     seconds: float = 0.0
+    epsilon: float | None = 0.0
+    lifetime_epsilon: float | None = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, float] = field(default_factory=dict)
@@ -92,8 +96,6 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "federated": history.student,
         "validation": history.validation,
     }
-    # the sum is not masked or noised here: nothing is claimed
-    privacy = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}
     return {
         "status": status,
         "task": data.task.name,
@@ -111,7 +113,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
             "validation": retention(history.validation, federation.lesson.validation, metric),
         },
         "spread": history.spread,
-        "privacy": privacy,
+        "privacy": privacy_block(federation, history),
         "cost": _cost(history, history.seconds + seconds),
         "faults": {
             "failed": history.failed,

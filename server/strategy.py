@@ -39,6 +39,7 @@ from server.intake import Intake, Summed
 from server.method import Averaging
 from server.phase import Phase
 from server.preparation import Federation
+from server.privacy_report import note_spent
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, random_width
@@ -357,11 +358,14 @@ class FederatedDistillation(Strategy):
         history.rounds = phase.round
         history.examples += intake.examples * self.config.client.epochs
         history.train_seconds += phase.seconds
-        history.losses = {
-            name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
-            for name in LOSSES
-        }
         line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        if self.config.privacy.unit == "example":  # losses are of private examples, and have no noise
+            line |= note_spent(history, lines)
+        else:
+            history.losses = {
+                name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
+                for name in LOSSES
+            }
         self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
     def _record_scores(self, phase: Phase, found: TieredScores) -> None:
