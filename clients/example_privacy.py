@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.ledger import Declined, Ledger, data_hash
+from clients.ledger import Declined, Ledger
 from clients.private_steps import Lots, PrivateSteps
 from common.accounting import noise_for
 from common.config import Config
@@ -19,13 +19,14 @@ from common.wire import Instruction
 
 
 def begin_round(
-    config: Config, instruction: Instruction, keys: NDArray[np.uint8], *, cache: Path, ledger: str
+    config: Config, instruction: Instruction, keys: NDArray[np.uint8], *, cache: Path, ledger: Path
 ) -> tuple[PrivateSteps, dict[str, float | None]]:
     """The steps of a client's round, which its ledger holds from now on, and what its line says of what is spent.
 
     Args:
         keys: (n, 16) content keys of the examples that it trains on.
-        ledger: where it lies; empty: in the cache, by the examples.
+        cache: where noise that was found once is kept.
+        ledger: the folder of the client's.
 
     Raises:
         Declined: the client's budget does not allow it.
@@ -37,8 +38,7 @@ def begin_round(
     except InputError as error:
         raise Declined(str(error)) from None
     steps = PrivateSteps(lots, noise=noise, clip_norm=privacy.clip_norm)
-    folder = Path(ledger) if ledger else cache / "ledgers" / data_hash(keys)
-    spent = Ledger(folder, keys).claim(
+    spent = Ledger(ledger, keys).claim(
         instruction.run, instruction.round, steps.spending(epochs),
         limit=privacy.lifetime_epsilon or privacy.epsilon or math.inf,
         delta=privacy.delta, accountant=privacy.accountant,

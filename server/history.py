@@ -29,10 +29,10 @@ class History:
         losses: mean loss of the last round and its parts; empty where clients do not tell.
         retried: clients that were lost at first and answered from another node.
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
-        epsilon, lifetime_epsilon: the most that a client's examples have spent, in this run and ever; None: no bound.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
         tier_student, tier_teacher, tier_validation: the same of each tier, the smallest first.
+        privacy: what the run has spent and on what, see `server.privacy_report`; empty: nothing is protected.
     """
 
     rounds: int = 0
@@ -45,8 +45,6 @@ class History:
     late: int = 0
     retried: int = 0
     seconds: float = 0.0
-    epsilon: float | None = 0.0
-    lifetime_epsilon: float | None = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, float] = field(default_factory=dict)
@@ -55,6 +53,7 @@ class History:
     tier_student: list[dict[str, float]] = field(default_factory=list)
     tier_teacher: list[dict[str, float]] = field(default_factory=list)
     tier_validation: list[dict[str, float]] = field(default_factory=list)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def retention(student: dict[str, float], teacher: dict[str, float], metric: str) -> float:

@@ -7,6 +7,8 @@ are missing. A round here gives the bits of a round there.
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ from common.progress import Progress
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
-from server.intake import Intake
+from server.clipped import ClippedEach
+from server.intake import Intake, Kept, Streamed
 from server.method import Averaging
 from server.preparation import Federation, prepare
 
@@ -36,25 +39,43 @@ class Apprentice(Worker):
         rows: of the training data, by client; a client that is not named has its own.
     """
 
-    rows: Rows = {}
+    def __init__(self, config: Config, **needs: str) -> None:
+        super().__init__(config, **needs)
+        self.rows: Rows = {}
 
     def _rows_of(self, client: int) -> NDArray[np.int64]:
         rows = self.rows.get(client)
         return super()._rows_of(client) if rows is None else rows
 
 
+def keeping(intake: Intake) -> Intake:
+    """The same way of taking replies; each client's own update, where it arrives, is kept."""
+    if isinstance(intake, ClippedEach):
+        intake.kept = {}
+    if type(intake) is not Streamed:
+        return intake
+    return Kept(intake.keys, intake.wire, intake.shapes, intake.sizes, squares=intake.squares)
+
+
 class Laboratory:
     """A prepared federation and its one worker.
 
     Args:
-        config: with server.packing = "off" each client's own update is in the intake.
+        config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
+        folder: where an attack keeps what it can go on from.
     """
 
-    def __init__(self, config: Config, progress: Progress) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, config: Config, progress: Progress, folder: Path | None = None) -> None:
+        self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
+        self.start = self.federation.weights()  # of its module, which answers for other weights later
         self.worker = Apprentice(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.run, self._ledgers = secrets.token_hex(8), TemporaryDirectory()
+        self.worker.ledgers = Path(self._ledgers.name)
 
     @property
     def data(self) -> Any:
@@ -66,7 +87,9 @@ class Laboratory:
         Args:
             rows: (k,) of the training data, what each client trains on; see `Apprentice`.
         """
-        weights, memory = self.federation.weights(), {}  # type: ignore[var-annotated]
+        weights, memory = self.start, {}  # type: ignore[var-annotated]
+        if self.method.privacy is not None:
+            self.method.privacy.begin()
         for number in range(1, self.config.rounds + 1):
             before = weights
             intake = self.round(number, weights, rows)
@@ -77,16 +100,19 @@ class Laboratory:
 
     def round(self, number: int, weights: Weights, rows: Rows | None = None) -> Intake:
         """One round's replies, taken in."""
-        cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
+        cohort = self._cohort(number)
         self.worker.rows = rows or {}
         sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
-        intake = self.method.intake(number, weights, sizes)
-        groups, lines = self.answer(number, weights, cohort)
-        intake.take(pack_reply(groups, lines), frozenset(cohort))
+        intake = keeping(self.method.intake(number, weights, sizes))
+        if cohort:
+            groups, lines = self.answer(number, weights, cohort)
+            intake.take(pack_reply(groups, lines), frozenset(cohort))
         return intake
 
     def answer(self, number: int, weights: Weights, cohort: Sequence[int]) -> tuple[Any, list[ClientLine]]:
-        """What the worker sends for these clients."""
+        """What the worker sends for these clients; round 1 begins a life in which nothing has been spent yet."""
+        if number == 1:
+            self._begin()
         return self.worker.train(weights, self._instruction(number, cohort), lambda count: None)
 
     def logits(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -94,6 +120,11 @@ class Laboratory:
         tiers, data = self.federation.tiers, self.federation.pupil.data
         tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
         return predict(tiers[-1].model, data.train.tokens, rows, self.federation.compute)
+
+    def _cohort(self, number: int) -> tuple[int, ...]:
+        if self.method.privacy is not None:
+            return self.method.privacy.cohort(self.data.eligible)
+        return pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
 
     def _needs(self) -> dict[str, str]:
         federation = self.federation
@@ -106,5 +137,6 @@ class Laboratory:
         }
 
     def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
-        empty = Instruction(secrets.token_hex(8), number, "", (), (), **self._needs())
-        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients))
+        empty = Instruction(self.run, number, "", (), (), **self._needs())
+        clip_norm = 0.0 if self.method.privacy is None else self.method.privacy.clip_norm
+        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients), clip_norm=clip_norm)
