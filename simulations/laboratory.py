@@ -6,7 +6,6 @@ are missing. A round here gives the bits of a round there.
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from numpy.typing import NDArray
 from clients.worker import Worker
 from common.config import Config
 from common.inference import predict
-from common.progress import Progress
+from common.progress import Progress, Silent
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.intake import Intake, Kept, Streamed
 from server.method import Averaging
 from server.preparation import Federation, prepare
+from server.validation import validate
 
 Weights = dict[str, NDArray[np.float32]]
 Rows = Mapping[int, NDArray[np.int64]]
@@ -103,9 +103,17 @@ class Laboratory:
 
     def logits(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), num_labels) what a student with these weights answers to rows of the training data."""
-        tiers, data = self.federation.tiers, self.federation.pupil.data
-        tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
-        return predict(tiers[-1].model, data.train.tokens, rows, self.federation.compute)
+        tokens = self.federation.pupil.data.train.tokens
+        return predict(self._student(weights), tokens, rows, self.federation.compute)
+
+    def scores(self, weights: Weights) -> dict[str, float]:
+        """Scores on the public validation text of a student with these weights."""
+        federation = self.federation
+        return validate(self._student(weights), federation.pupil.data, federation.compute, Silent())
+
+    def _student(self, weights: Weights) -> Any:
+        tiers = self.federation.tiers
+        return tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
 
     def _needs(self) -> dict[str, str]:
         federation = self.federation
@@ -118,5 +126,7 @@ class Laboratory:
         }
 
     def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
-        empty = Instruction(secrets.token_hex(8), number, "", (), (), **self._needs())
-        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients))
+        return Instruction(
+            run=secrets.token_hex(8), round=number, config="", clients=tuple(clients), feedback=(0,) * len(clients),
+            **self._needs(),  # type: ignore[arg-type]
+        )  # fmt: skip
