@@ -139,8 +139,8 @@ def write(plan: Audit, rows: Sequence[Row], out: Path) -> list[Path]:
 
 def parquet(rows: Sequence[Mapping[str, Scalar | None]]) -> bytes:
     """Rows as a Parquet file: every name that occurs is a column, numbers of both kinds are floats."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
