@@ -192,7 +192,8 @@ class Scene:
 
     def _obey(self, rule: str, hostile: int) -> None:
         """From now on updates are added up by this rule."""
-        strategy, settings = "fedavg" if rule == "norm-bound" else rule, {}
+        strategy = "fedavg" if rule == "norm-bound" else rule
+        settings: dict[str, Any] = {}
         cohort = self.lab.config.server.cohort or len(self.rows)
         if strategy in ROBUST:
             settings["server.byzantine"] = max(f for f in range(hostile + 1) if least_cohort(strategy, f) <= cohort)
