@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from clients.budget import limit_of
+from clients.clipped import clipped
 from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
 from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
+from common.clipping import BELOW_SHAPE
 from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
@@ -174,8 +176,9 @@ class Worker:
         tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
         received = {tier: self._starting(tier, tensors) for tier in tiers}
-        growing = self.config.client.grow_batch
+        growing, privacy = self.config.client.grow_batch, self.config.privacy
         extra = SQUARES_SHAPE if growing else {}
+        extra |= BELOW_SHAPE if privacy.unit == "client" and privacy.adaptive_clip else {}
         totals = {self._sum(tier): ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
@@ -185,6 +188,8 @@ class Worker:
             began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
                 update = self._train_one(received[tier], instruction, client, base)
+                if privacy.unit == "client":
+                    update = clipped(update, instruction.clip_norm, adaptive=packed and privacy.adaptive_clip > 0)
                 if packed:
                     squares = squares_of(update.arrays) if growing else {}
                     totals[self._sum(tier)].add(update.arrays | squares, update.weight)
@@ -211,7 +216,7 @@ class Worker:
             chosen = [client for client in instruction.clients if self.tier_of[client] == tier]
             length = statistics_length(self.spec)
             student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-            for chunk in self._together(chosen, lambda client: len(self.data.shard(client).heldout)):
+            for chunk in self._together(chosen, lambda client: len(self._held_out(client))):
                 try:
                     parts = self._score(chunk, tier)
                 except Exception:  # one of them fails: the others shall not
@@ -249,7 +254,7 @@ class Worker:
     def _score(self, clients: Sequence[int], tier: int) -> list[Scored]:
         """The clients' lines and statistics; a row's output does not depend on the company it is computed in."""
         began = time.perf_counter()
-        shards = [self.data.shard(client).heldout for client in clients]
+        shards = [self._held_out(client) for client in clients]
         rows = np.concatenate(shards)
         logits = predict(self.tiers[tier].model, self.pupil.data.train.tokens, rows, self.compute)
         soft = self.teacher_logits(rows)
@@ -262,6 +267,11 @@ class Worker:
             found.append((ClientLine(client, len(own), each, score=score), student, teacher))
             start += len(own)
         return found
+
+    def _held_out(self, client: int) -> NDArray[np.int64]:
+        """Rows that a client scores: the first of them where its part of the counts has a bound."""
+        keys, rows = self.config.privacy, self.data.shard(client).heldout
+        return rows[: keys.scores_examples] if keys.scores_share else rows
 
     def _score_or_tell(self, client: int, tier: int) -> list[Scored]:
         try:

@@ -47,6 +47,7 @@ class Instruction:
         dataset: key of the prepared dataset.
         student: key of the prepared student, and the hash of its weights as it was prepared.
         token_budget: padded word pieces per step of training; 0: as the keys say.
+        clip_norm: norm that a client's whole update is scaled down to, and it counts as one; 0: it is not.
         masked: folder of the masked-LM teacher of general rounds, and the hash of its weights; empty: there are none.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
@@ -66,6 +67,7 @@ class Instruction:
     student: str
     student_hash: str
     token_budget: int = 0
+    clip_norm: float = 0.0
     masked: str = ""
     masked_hash: str = ""
     scoreboard: str = ""
@@ -128,7 +130,7 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     told = asdict(instruction)
-    for name in ("token_budget", "masked", "masked_hash", "task"):
+    for name in ("token_budget", "clip_norm", "masked", "masked_hash", "task"):
         if not told[name]:
             del told[name]
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
@@ -146,6 +148,8 @@ def unpack_instruction(content: RecordDict) -> Instruction:
         raise WireError("instruction: not one round of feedback for each client")
     if type(instruction.token_budget) is not int or instruction.token_budget < 0:
         raise WireError("instruction: the token budget is not a whole number from 0 up")
+    if not _is_number(instruction.clip_norm) or instruction.clip_norm < 0:
+        raise WireError("instruction: the clip norm is not a number from 0 up")
     if not re.fullmatch("[0-9a-f]{16}", instruction.run):  # it names a folder
         raise WireError("instruction: the run's id is not 16 hexadecimal digits")
     return instruction

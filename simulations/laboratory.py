@@ -21,6 +21,7 @@ from common.progress import Progress
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
+from server.clipped import ClippedEach
 from server.intake import Intake, Kept, Streamed
 from server.method import Averaging
 from server.preparation import Federation, prepare
@@ -48,6 +49,8 @@ class Apprentice(Worker):
 
 def keeping(intake: Intake) -> Intake:
     """The same way of taking replies; each client's own update, where it arrives, is kept."""
+    if isinstance(intake, ClippedEach):
+        intake.kept = {}
     if type(intake) is not Streamed:
         return intake
     return Kept(intake.keys, intake.wire, intake.shapes, intake.sizes, squares=intake.squares)
@@ -82,6 +85,8 @@ class Laboratory:
             rows: (k,) of the training data, what each client trains on; see `Apprentice`.
         """
         weights, memory = self.start, {}  # type: ignore[var-annotated]
+        if self.method.privacy is not None:
+            self.method.privacy.begin()
         for number in range(1, self.config.rounds + 1):
             before = weights
             intake = self.round(number, weights, rows)
@@ -92,12 +97,13 @@ class Laboratory:
 
     def round(self, number: int, weights: Weights, rows: Rows | None = None) -> Intake:
         """One round's replies, taken in."""
-        cohort = pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
+        cohort = self._cohort(number)
         self.worker.rows = rows or {}
         sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
         intake = keeping(self.method.intake(number, weights, sizes))
-        groups, lines = self.answer(number, weights, cohort)
-        intake.take(pack_reply(groups, lines), frozenset(cohort))
+        if cohort:
+            groups, lines = self.answer(number, weights, cohort)
+            intake.take(pack_reply(groups, lines), frozenset(cohort))
         return intake
 
     def answer(self, number: int, weights: Weights, cohort: Sequence[int]) -> tuple[Any, list[ClientLine]]:
@@ -109,6 +115,11 @@ class Laboratory:
         tiers, data = self.federation.tiers, self.federation.pupil.data
         tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
         return predict(tiers[-1].model, data.train.tokens, rows, self.federation.compute)
+
+    def _cohort(self, number: int) -> tuple[int, ...]:
+        if self.method.privacy is not None:
+            return self.method.privacy.cohort(self.data.eligible)
+        return pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
 
     def _needs(self) -> dict[str, str]:
         federation = self.federation
@@ -122,4 +133,5 @@ class Laboratory:
 
     def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
         empty = Instruction(secrets.token_hex(8), number, "", (), (), **self._needs())
-        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients))
+        clip_norm = 0.0 if self.method.privacy is None else self.method.privacy.clip_norm
+        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients), clip_norm=clip_norm)
