@@ -22,6 +22,8 @@ from clients.clipped import clipped
 from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
+from clients.example_privacy import begin_round
+from clients.ledger import Declined, data_hash
 from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
 from common.clipping import BELOW_SHAPE
@@ -69,6 +71,7 @@ class Worker:
         teacher, teacher_hash: folder of the shared teacher; its weights are compared with the hash.
         dataset: key of the prepared dataset in this machine's cache.
         student, student_hash: key of the prepared student, likewise.
+        ledger: where its one client's privacy ledger lies; empty: by the clients' data, in the cache.
 
     Raises:
         ValueError: the teacher in the folder, or the student, is another one.
@@ -83,6 +86,7 @@ class Worker:
         dataset: str,
         student: str,
         student_hash: str,
+        ledger: str = "",
     ) -> None:
         torch.set_num_threads(config.runtime.threads)
         self.config = config
@@ -109,7 +113,7 @@ class Worker:
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }
-        self.cache = cache
+        self.cache, self.ledger, self.ledgers = cache, ledger, cache / "ledgers"
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 
     @property
@@ -198,7 +202,8 @@ class Worker:
             except Exception as error:  # whatever one client's data does, the others go on
                 lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
             else:
-                lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **update.losses))
+                told = {**update.losses, **update.spent}
+                lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **told))
             finished(1)
         sums = {name: total.compact for name, total in totals.items()}
         return (sums if packed else groups), lines
@@ -305,18 +310,28 @@ class Worker:
         """What a client makes of its tier's tensors; ``base``: the round of its last answer that was taken."""
         tier = int(self.tier_of[client])
         recipe, examples, teacher = self._lesson(instruction, client)
-        return distil(
+        compute, private = self.compute, None
+        spent: dict[str, float | None] = {}
+        if self.config.privacy.unit == "example":
+            # a norm that is rounded as bf16 rounds would be no bound; and what is noised is not clipped once more
+            compute, recipe = replace(compute, bf16=False), replace(recipe, clip_norm=0.0)
+            keys = np.asarray(self.data.train.keys[examples.rows])
+            ledger = Path(self.ledger) if self.ledger else self.ledgers / data_hash(keys)
+            private, spent = begin_round(self.config, instruction, keys, cache=self.cache, ledger=ledger)
+        update = distil(
             self.students[tier],
             received,
             examples,
             recipe=recipe,
-            compute=self.compute,
+            compute=compute,
             seed=self.config.seed,
             who=(instruction.round, client),
             teacher=teacher,
             room=self._room(tier, received, examples, recipe),
+            private=private,
             spent=limit_of(self.config.client, self.config.runtime.threads),
         )
+        return replace(update, spent=spent)
 
     def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
         """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
@@ -389,4 +404,4 @@ def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused | MissingState) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingState | Declined) else type(error).__name__

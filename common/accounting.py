@@ -7,9 +7,11 @@ https://arxiv.org/abs/2207.04380) or Renyi moments (Mironov 2017, https://arxiv.
 or privacy random variables (Gopi et al. 2021, https://arxiv.org/abs/2106.02848) of Opacus.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from common.errors import InputError
@@ -18,6 +20,9 @@ NEIGHBOURS = "add or remove one"
 LEAST_NOISE, MOST_NOISE = 1e-2, 1e6
 Steps = tuple[float, float, int]  # noise multiplier, rate, how many
 CLOSE = 1e-3  # of the noise that is found, relative
+# steps of privacy loss that PLDs are rounded to, so that epsilon never comes out too small: a fifth of the time of
+# dp-accounting's 1e-4, and from epsilon 1 on at most 0.02 % above it
+INTERVAL = 5e-4
 
 
 def epsilon(*, noise_multiplier: float, rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
@@ -43,10 +48,8 @@ def spent(done: Sequence[Steps], *, delta: float, accountant: str = "pld") -> fl
         return 0.0
     if any(noise == 0.0 for noise, _ in together):
         return math.inf
-    kinds = [(noise, rate, steps) for (noise, rate), steps in together.items()]
-    if accountant == "prv":
-        return _opacus(kinds, delta)
-    return _google(kinds, delta, accountant)
+    kinds = tuple(sorted((noise, rate, steps) for (noise, rate), steps in together.items()))
+    return _opacus(kinds, delta) if accountant == "prv" else _google(kinds, delta, accountant)
 
 
 def noise_for(
@@ -93,15 +96,16 @@ def noise_for_all(
     return high
 
 
-def _google(done: Sequence[Steps], delta: float, accountant: str) -> float:
+@cache
+def _google(done: tuple[Steps, ...], delta: float, accountant: str) -> float:
     try:
         import dp_accounting
         from dp_accounting import pld, rdp
     except ImportError:
         raise InputError("dp-accounting is not installed: pip install 'fedistill[privacy]'") from None
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    kind: Any = pld.PLDAccountant if accountant == "pld" else rdp.RdpAccountant
-    found = kind(neighboring_relation=relation)
+    found: Any = pld.PLDAccountant(relation, INTERVAL) if accountant == "pld" else rdp.RdpAccountant(None, relation)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every Renyi order that it leaves out
     for noise, rate, steps in done:
         one: Any = dp_accounting.GaussianDpEvent(noise)
         if rate < 1.0:
@@ -110,7 +114,8 @@ def _google(done: Sequence[Steps], delta: float, accountant: str) -> float:
     return float(found.get_epsilon(delta))
 
 
-def _opacus(done: Sequence[Steps], delta: float) -> float:
+@cache
+def _opacus(done: tuple[Steps, ...], delta: float) -> float:
     try:
         from opacus.accountants import PRVAccountant
     except ImportError:

@@ -1,11 +1,14 @@
-"""What the keys of privacy mean to each other and to the others: combinations that would protect nobody."""
+"""What the keys of privacy mean to each other: combinations that would protect nobody."""
 
 from common.keys import FUSED, KEEPING, ROBUST, Keys
 
 
 def check_privacy(config: Keys) -> None:
     """Raise ValueError for the first of some keys that do not fit each other."""
-    for check in (_noise_is_found_or_given, _keys_of_unit_client, _what_unit_client_allows, _scores_that_can_be_noised):
+    for check in (
+        _noise_is_found_or_given, _keys_of_unit_client, _what_unit_client_allows, _scores_that_can_be_noised,
+        _what_unit_example_allows,
+    ):  # fmt: skip
         check(config)
 
 
@@ -66,3 +69,34 @@ def _scores_that_can_be_noised(config: Keys) -> None:
             f"privacy.scores-share = {keys.scores_share}: statistics of {what} are no confusion matrix; give 0, and "
             "the scores are not protected"
         )
+
+
+def _what_unit_example_allows(config: Keys) -> None:
+    """Only what each example gives by itself, clipped, has a known sensitivity."""
+    keys, student, distill = config.privacy, config.student, config.distill
+    if keys.unit != "example":
+        if keys.lifetime_epsilon:
+            raise ValueError(
+                f"privacy.lifetime-epsilon = {keys.lifetime_epsilon}: clients keep a ledger only with "
+                "privacy.unit = 'example'; give that, or 0"
+            )
+        return
+    own, everybody = config.server.strategy in KEEPING, "is a mean over more than one example"
+    against = {
+        f"server.strategy = {config.server.strategy!r}: clients train models of their own, without noise": own,
+        "student.train-embeddings = true: which rows move tells which words are there": student.train_embeddings,
+        f"student.tiers = {student.tiers!r}: a weight is in a step more than once": bool(student.tiers),
+        "student.width-selection = 'importance': clients measure it without noise; `random` does fit":
+            student.narrows and student.width_selection == "importance",
+        f"data.windows = {config.data.windows}: an example must be one row": config.data.windows > 1,
+        f"distill.hidden-weight = {distill.hidden_weight}: that loss {everybody}": distill.hidden_weight > 0,
+        f"distill.cls-weight = {distill.cls_weight}: that loss {everybody}": distill.cls_weight > 0,
+        f"distill.relation-weight = {distill.relation_weight}: that loss {everybody}": distill.relation_weight > 0,
+        f"distill.general-rounds = {distill.general_rounds}: their loss {everybody}": distill.general_rounds > 0,
+        "distill.prior-correction = true: the labels of all are in each example's loss": distill.prior_correction,
+        "client.grow-batch = true: a lot stays as large as privacy.lot": config.client.grow_batch,
+        "privacy.distributed-noise = true: that is of privacy.unit = 'client'": keys.distributed_noise,
+    }  # fmt: skip
+    for other, found in against.items():
+        if found:
+            raise ValueError(f"privacy.unit = 'example' does not fit {other}; give one of them")

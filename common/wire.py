@@ -24,6 +24,7 @@ MAX_EXAMPLES = 2**31 - 1  # of one client
 LOSSES = (
     "loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss", "mlm_loss",
 )  # fmt: skip
+SPENT = ("epsilon", "lifetime_epsilon")
 MODEL_FILE = re.compile(r"[a-z_]{1,40}\.(json|txt|safetensors|model)")  # a name that a file of a model has
 MAX_HELD = 1000  # hashes of models that a client may say it has
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
@@ -102,6 +103,8 @@ class ClientLine:
         examples: how many examples it trained on or scored.
         seconds: how long that took.
         loss: mean loss over its steps, and its parts (training only).
+        epsilon, lifetime_epsilon: where its steps were private, what its examples have spent of their privacy by the
+            end of them: in this run, and ever; None: nothing bounds it.
         score: the headline metric on its own held-out data (evaluation only; None when undefined).
         problem: empty, or why it has no part in the sum: a kind, never private text.
     """
@@ -118,6 +121,8 @@ class ClientLine:
     self_loss: float | None = None
     inner_loss: float | None = None
     mlm_loss: float | None = None
+    epsilon: float | None = None
+    lifetime_epsilon: float | None = None
     score: float | None = None
     problem: str = ""
 
@@ -420,6 +425,10 @@ def _check_line(line: ClientLine) -> None:
         value = getattr(line, name)
         if value is not None and not _is_number(value):
             raise WireError(f"{where}: {name} is not a number")
+    for name in SPENT:
+        value = getattr(line, name)
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise WireError(f"{where}: {name} is not a number from 0 up")
 
 
 def _is_number(value: Any) -> bool:

@@ -26,7 +26,7 @@ class History:
     """Sums over the rounds and the latest scores.
 
     Attributes:
-        losses: mean loss of the last round and its parts.
+        losses: mean loss of the last round and its parts; empty where clients do not tell.
         retried: clients that were lost at first and answered from another node.
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.

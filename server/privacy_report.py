@@ -1,10 +1,12 @@
 """What a run says of its privacy: the block in summary.json, and lines on screen before round 1."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from common.accounting import NEIGHBOURS
+from common.privacy_keys import PrivacyKeys
+from common.wire import SPENT, ClientLine
 from server.client_privacy import ClientPrivacy
 from server.ledger import LEDGER
 
@@ -13,7 +15,9 @@ NOTHING = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}  
 
 def privacy_block(federation: Any, history: Any) -> dict[str, Any]:
     """The block of summary.json. What is not noised is said not to be protected."""
-    if federation.config.privacy.unit == "client" and history.privacy:
+    if federation.config.privacy.unit == "example":
+        return spending_of_examples(federation.config.privacy, history.privacy, [])
+    if history.privacy:
         return dict(history.privacy)
     return dict(NOTHING)
 
@@ -41,6 +45,45 @@ def spending(privacy: ClientPrivacy) -> dict[str, Any]:
         found["noise_cohort"] = keys.noise_cohort
         found["noise_population"] = privacy.population
     return {**found, "note": _note(privacy)}
+
+
+def spending_of_examples(keys: PrivacyKeys, before: Mapping[str, Any], lines: Sequence[ClientLine]) -> dict[str, Any]:
+    """What a run whose unit is an example has spent so far: the most that a client says.
+
+    Args:
+        before: the same after the round before; empty: there was none.
+        lines: of the clients that are in the round.
+    """
+    found: dict[str, Any] = {
+        "unit": "example",
+        "delta": keys.delta,
+        "accountant": keys.accountant,
+        "neighbours": f"{NEIGHBOURS} example of a client",
+        "clip_norm": keys.clip_norm,
+        "lot": keys.lot,
+    }
+    for name in SPENT:
+        said = [before.get(name, 0.0), *(getattr(line, name) for line in lines)]
+        found[name] = None if None in said else max(said)  # None: nothing bounds it
+    noisy = found["epsilon"] is not None
+    # scores are of other examples, that are never trained on; their number, and that of those trained on, stands in
+    # every client's line, and how long a client takes can be seen
+    found["protects"] = {"student": noisy, "updates": noisy, "scores": False, "counts": False, "times": False}
+    words = [
+        "holds for a client's update, towards the server too; lots and noise come from the operating system's entropy, "
+        "so the run cannot be reproduced bit for bit",
+        "epsilon is the largest over clients, each with its own noise; lifetime_epsilon is over all runs in its ledger",
+        "the clients' scores are exact and not protected",
+    ]
+    if not noisy:
+        words.append("gradients are clipped and not noised: nothing is protected")
+    return {**found, "reproducible": False, "note": "; ".join(words)}
+
+
+def privacy_words(block: Mapping[str, Any]) -> str:
+    """A summary's block in a cell of a table."""
+    epsilon = "no bound" if block["epsilon"] is None else f"epsilon {block['epsilon']:.3g}"
+    return f"{epsilon} per {block['unit']}, delta {block['delta']:g}"
 
 
 def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:

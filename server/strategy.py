@@ -24,7 +24,7 @@ from common.keys import KEEPING, PUBLIC
 from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress
-from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
+from common.wire import LOSSES, SPENT, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
@@ -42,7 +42,7 @@ from server.method import Averaging
 from server.noised_scores import NoisedScores, check_counts
 from server.phase import Phase
 from server.preparation import Federation
-from server.privacy_report import spending, told
+from server.privacy_report import spending, spending_of_examples, told
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, random_width
@@ -411,11 +411,15 @@ class FederatedDistillation(Strategy):
             told = {"clip_norm": self.exchange.clip_norm, "noise_multiplier": self.method.privacy.noise}
             self.folder.add_line({"round": phase.round, "phase": "train", **told})
             return
-        history.losses = {
-            name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
-            for name in LOSSES
-        }
         line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        if self.config.privacy.unit == "example":  # losses are of private examples, and have no noise
+            history.privacy = spending_of_examples(self.config.privacy, history.privacy, lines)
+            line |= {name: history.privacy[name] for name in SPENT}
+        else:
+            history.losses = {
+                name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
+                for name in LOSSES
+            }
         self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
     def _record_scores(self, phase: Phase, found: TieredScores) -> None:

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,11 @@ class Laboratory:
         self.start = self.federation.weights()  # of its module, which answers for other weights later
         self.worker = worker(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.run, self._ledgers = secrets.token_hex(8), TemporaryDirectory()
+        self.worker.ledgers = Path(self._ledgers.name)
 
     @property
     def data(self) -> Any:
@@ -107,7 +113,9 @@ class Laboratory:
         return intake
 
     def answer(self, number: int, weights: Weights, cohort: Sequence[int]) -> tuple[Any, list[ClientLine]]:
-        """What the worker sends for these clients."""
+        """What the worker sends for these clients; round 1 begins a life in which nothing has been spent yet."""
+        if number == 1:
+            self._begin()
         return self.worker.train(weights, self._instruction(number, cohort), lambda count: None)
 
     def logits(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -132,6 +140,6 @@ class Laboratory:
         }
 
     def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
-        empty = Instruction(secrets.token_hex(8), number, "", (), (), **self._needs())
+        empty = Instruction(self.run, number, "", (), (), **self._needs())
         clip_norm = 0.0 if self.method.privacy is None else self.method.privacy.clip_norm
         return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients), clip_norm=clip_norm)
