@@ -12,7 +12,7 @@ Canaries are orthogonal, so that one is no noise to another. A mechanism that cl
 such a canary through than one that clips their common norm; one that weighs by examples, the more the more examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Release(Protocol):
-    """One step of a mechanism that takes every contribution it is given."""
+    """One step of a mechanism, which draws by itself which of the contributions it takes."""
 
     def __call__(
         self, contributions: Sequence[Contribution], examples: Sequence[int]
@@ -42,18 +42,17 @@ def audit_release(
     canaries: int,
     delta: float,
     steps: int = 1,
-    rate: float = 1.0,
     norm: float = 100.0,
     examples: int = 100,
     seed: int = 0,
     confidence: float = 0.95,
+    advance: Callable[[float], None] = lambda amount: None,
 ) -> Finding:
     """What a mechanism shows of canaries of which each is in by a fair coin.
 
     Args:
         shapes: of the arrays; those with fewer entries than canaries stay zero.
         steps: the coin holds for all of them.
-        rate: chance of a canary that is in to be drawn for a step, as the mechanism's own sampling would.
         norm: of a canary before the mechanism clips it.
         examples: what each claims to be made of.
 
@@ -65,10 +64,10 @@ def audit_release(
     places = places_of(shapes, canaries, rng)
     entry = np.float32(norm / np.sqrt(len(places)))
     scores = np.zeros(canaries)
+    sent = [canary(shapes, places, int(which), entry) for which in np.flatnonzero(inside)]
     for _ in range(steps):
-        drawn = np.flatnonzero(inside & (rng.random(canaries) < rate))
-        sent = [canary(shapes, places, int(which), entry) for which in drawn]
         scores += seen(release(sent, [examples] * len(sent)), places)
+        advance(1)
     return judge(scores, inside, delta=delta, confidence=confidence)
 
 

@@ -21,6 +21,7 @@ https://arxiv.org/abs/1805.06530, Theorem 8):
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,12 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
+from common.errors import InputError
+from simulations.audits.attack import Row
+
 SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the canaries, that are guessed
 MOST = 60.0  # no epsilon beyond is told apart
+LEAST = 16  # canaries of an audit
 Floats = NDArray[np.float64]
 
 
@@ -101,7 +106,7 @@ def lower_bound(m: int, guesses: int, right: int, delta: float, confidence: floa
 
     if spare(0.0) >= 0.0:
         return 0.0
-    # not monotone in epsilon beyond the bound: the delta term falls again. The first crossing counts
+    # with the term of delta it need not rise all the way: the first crossing counts
     high = 0.25
     while high < MOST and spare(high) < 0.0:
         high += 0.25
@@ -146,3 +151,33 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     if excess(0.0) <= 0.0:
         return 0.0
     return float(brentq(excess, 0.0, mu * (mu / 2.0 + 40.0)))
+
+
+def rows_of(variant: str, found: Finding, claimed: float, *, normal: bool, told: Row) -> Iterator[Row]:
+    """What an audit tells of a finding, one row for each of its bounds.
+
+    Args:
+        claimed: epsilon; 0: none is, and any bound above is a leak.
+        normal: whether noise makes the scores normal, so that the second bound may be believed.
+        told: settings that go along.
+    """
+    bounds = {"any scores": found.epsilon, **({"normal scores": found.gaussian_low} if normal else {})}
+    for name, bound in bounds.items():
+        yield {
+            "variant": f"{variant}, {name}",
+            "measure": "epsilon at least",
+            "success": bound,
+            "low": bound,
+            "chance": claimed,
+            "canaries": found.canaries,
+            "guesses": found.guesses,
+            "right": found.right,
+            "estimate": found.gaussian if normal else None,
+            **told,
+        }
+
+
+def check_canaries(attack: str, canaries: int) -> None:
+    """Raise `InputError` for fewer than can prove anything."""
+    if canaries < LEAST:
+        raise InputError(f"{attack}.canaries = {canaries}: give at least {LEAST}")

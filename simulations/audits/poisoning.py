@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy import stats
 
-from common.config import Config, from_flat
+from common.config import changed
 from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.keys import ROBUST
@@ -84,7 +84,7 @@ class Poisoning:
             kinds.remove("embedding")
             note = "embeddings are frozen: give student.train-embeddings = true"
             yield {"variant": "embedding", "measure": "attack success", "success": None, "note": note}
-        own = Laboratory(_changed(lab.config, **{"server.packing": "off"}), progress, worker=Poisoner)
+        own = Laboratory(changed(lab.config, {"server.packing": "off"}), progress, worker=Poisoner)
         scene = Scene(self, own)
         with progress.step("poison", len(rules) * (1 + len(kinds) * len(shares))) as step:
             for rule in rules:
@@ -199,7 +199,7 @@ class Scene:
             settings["server.byzantine"] = max(f for f in range(hostile + 1) if least_cohort(strategy, f) <= cohort)
         bound = self.bound if rule == "norm-bound" else 0.0
         settings |= {"server.strategy": strategy, "server.norm-bound": bound, "server.lr": 0.0}
-        self.lab.config = self.lab.method.config = _changed(self.lab.config, **settings)
+        self.lab.config = self.lab.method.config = changed(self.lab.config, settings)
 
     def _some(self, client: int) -> Index:
         rows = self.lab.data.shard(client).train
@@ -248,11 +248,6 @@ class Scene:
             raise InputError(f"poisoning.target = {self.keys.target}: all validation texts are of that class")
         self.plain = plant(self.lab, texts, self.labels)
         self.with_trigger = plant(self.lab, self._with_trigger(texts, rng), self.labels)
-
-
-def _changed(config: Config, **settings: Any) -> Config:
-    """The configuration with other keys."""
-    return from_flat({**config.flat(), **settings})
 
 
 def _shares(text: str) -> list[float]:

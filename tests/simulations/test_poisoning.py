@@ -46,7 +46,10 @@ def test_planted_rows_are_answered_as_the_texts_they_hold(lab):
 
 def test_joined_tokens_are_those_of_both(tiny_teacher):
     texts = make_sentences(9)
-    whole, parts = make_tokens(tiny_teacher, texts), [make_tokens(tiny_teacher, part) for part in (texts[:4], texts[4:])]
+    whole, parts = (
+        make_tokens(tiny_teacher, texts),
+        [make_tokens(tiny_teacher, part) for part in (texts[:4], texts[4:])],
+    )
     both = joined(*parts)
     for name, tensor in whole.batch(np.arange(9)).items():
         assert torch.equal(tensor, both.batch(np.arange(9))[name])
