@@ -156,6 +156,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     return flat
 
 
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some dotted keys.
+
+    Raises:
+        InputError: they do not fit the others.
+    """
+    return from_flat({**config.flat(), **settings})
+
+
 def _parse(text: str) -> Scalar:
     """A value typed on the command line, read as TOML where it is TOML and as plain text where not."""
     try:

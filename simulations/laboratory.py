@@ -65,15 +65,18 @@ class Laboratory:
     Args:
         config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
         folder: where an attack keeps what it can go on from.
+        worker: a kind of worker whose clients do something of their own.
     """
 
-    def __init__(self, config: Config, progress: Progress, folder: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] = Apprentice
+    ) -> None:
         self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
         if config.student.narrows:
             self._narrow()
         self.start = self.federation.weights()  # of its module, which answers for other weights later
-        self.worker = Apprentice(config, **self._needs())
+        self.worker = worker(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
         self._begin()
 

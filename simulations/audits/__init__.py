@@ -1,8 +1,12 @@
 """What leaks from a federation: the attacks that `fedistill audit` runs, one module each."""
 
 from simulations.audits.attack import Attack
+from simulations.audits.client_canaries import ClientCanaries
+from simulations.audits.example_canaries import ExampleCanaries
 from simulations.audits.lira import Lira
 from simulations.audits.loss_threshold import LossThreshold
+from simulations.audits.mechanism_canaries import MechanismCanaries
+from simulations.audits.poisoning import Poisoning
 from simulations.audits.rmia import Rmia
 from simulations.audits.utility import Utility
 
@@ -11,4 +15,8 @@ ATTACKS: dict[str, type[Attack]] = {
     LossThreshold.name: LossThreshold,
     Lira.name: Lira,
     Rmia.name: Rmia,
+    MechanismCanaries.name: MechanismCanaries,
+    ExampleCanaries.name: ExampleCanaries,
+    ClientCanaries.name: ClientCanaries,
+    Poisoning.name: Poisoning,
 }
