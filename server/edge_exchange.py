@@ -117,4 +117,5 @@ class EdgeExchange(Exchange):
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
             task=task_text(self.data.task),
+            secure=self.secure(clients),
         )

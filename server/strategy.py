@@ -22,7 +22,7 @@ from common.hashing import runtime_fingerprint
 from common.importance import MOST
 from common.keys import KEEPING, PUBLIC
 from common.metrics import scores
-from common.noise import SQUARES
+from common.noise import SQUARES, SQUARES_SHAPE
 from common.progress import Progress
 from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
@@ -40,11 +40,13 @@ from server.method import Averaging
 from server.phase import Phase
 from server.preparation import Federation
 from server.run_folder import RunFolder
-from server.scoring import TieredScores, tier_rows
+from server.scoring import WHO, TieredScores, tier_rows
+from server.secure_sum import MaskedWords, SecureSum, layout_of
 from server.student import Width, choose_width, narrow_student, random_width
 from server.supplies import files_of
 from server.validation import validate
 
+SECURED = ("train", "evaluate", "query.weigh")  # questions whose answers are sums
 METHODS: dict[str, type[Averaging]] = {"feddf": FedDF, "fedmd": Consensus, "ds-fl": Consensus}
 
 
@@ -84,6 +86,8 @@ class FederatedDistillation(Strategy):
         self.exchange = kind(federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang)
         method = METHODS.get(self.config.server.strategy, Averaging)
         self.method = method(federation, progress, self.exchange.tick, folder.add_line)
+        secure = self.config.privacy.secure_aggregation
+        self.secure = SecureSum(self.exchange, self.config, self._count) if secure else None
         if folder.resumed:
             self._continue()
 
@@ -121,11 +125,14 @@ class FederatedDistillation(Strategy):
         self._teach(0, cohort, grid)
         shapes = {name: np.shape(getattr(pupil.shape, name)) for name in ("heads", "neurons")}
         intake = Summed(shapes, {client: min(size, MOST) for client, size in self.exchange.sizes.items()})
+        masked = None if self.secure is None else MaskedWords(layout_of({"update": shapes}))
         messages = self._ask("query.weigh", 0, cohort, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
-        phase = self.exchange.collect(grid, replies, intake.take)
+        phase = self.exchange.collect(grid, replies, (masked or intake).take)
         self._count(phase)
         self._check_losses(phase)
+        if self.secure is not None and masked is not None:
+            intake = self.secure.open(masked, phase.accepted, grid).intake()
         self._keep(choose_width(self.config, **intake.update()))
         self.folder.add_line({"round": 0, "phase": "weigh", "clients": len(intake.lines), **phase.faults()})
 
@@ -155,10 +162,16 @@ class FederatedDistillation(Strategy):
         number, keys, client = self.done + server_round, self.config.server, self.config.client
         partial = client.max_seconds or client.energy_budget or self.federation.homes  # a device's owner may set limits
         sizes = UpTo(self.exchange.sizes) if partial else self.exchange.sizes
-        intake = self.method.intake(number, self.weights, sizes)
-        phase = self.exchange.collect(self.grid, replies, intake.take)
+        intake, masked, losses = self.method.intake(number, self.weights, sizes), None, None
+        if self.secure is not None:
+            squares = SQUARES_SHAPE if self.growth is not None else {}
+            masked = MaskedWords(layout_of({"update": {**self.federation.tiers.shapes, **squares}}))
+        phase = self.exchange.collect(self.grid, replies, (masked or intake).take)
         try:
             self._check_losses(phase)
+            if self.secure is not None and masked is not None:
+                opened = self.secure.open(masked, phase.accepted, self.grid)
+                intake, losses = opened.intake(), opened.losses
             update = intake.update()
             phase.ended = time.monotonic()  # training ends when the mean update is there
         except ValueError as error:
@@ -170,7 +183,7 @@ class FederatedDistillation(Strategy):
         grown = self._grow(update, intake)
         if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
-        self._record_training(phase, intake, grown)
+        self._record_training(phase, intake, losses or _mean_losses(intake), grown)
         moved = self.method.step(number, self.weights, update, intake, self.optimizer)
         self.weights = mean_of_last(self.config, number, moved, self.optimizer)
         return None, None
@@ -187,10 +200,21 @@ class FederatedDistillation(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         intake = TieredScores(self.data, self.federation.tier_of, len(self.federation.tiers))
-        phase = self.exchange.collect(self.grid, replies, intake.take)
+        masked = None
+        if self.secure is not None:
+            masked = MaskedWords(layout_of(dict.fromkeys(WHO, intake.shapes)))
+        phase = self.exchange.collect(self.grid, replies, (masked or intake).take)
         self._count(phase)
         self._check_losses(phase)
-        self._record_scores(phase, intake)
+        spread = None
+        if self.secure is not None and masked is not None:
+            opened = self.secure.open(masked, phase.accepted, self.grid)
+            spread = opened.spread
+            try:
+                intake.put({who: opened.group(who)["statistics"] for who in WHO}, opened.lines)
+            except ValueError as error:
+                raise RunFailed(f"round {phase.round}: {error}") from None
+        self._record_scores(phase, intake, spread or client_spread([line.score for line in intake.lines]))
         return None
 
     def summary(self) -> None:
@@ -219,6 +243,9 @@ class FederatedDistillation(Strategy):
     ) -> list[Message]:
         if self.federation.homes:
             self._supply(number, clients, grid)
+        if self.secure is not None and kind in SECURED:
+            clients = self.secure.begin(kind.removeprefix("query."), number, clients, grid)
+            goal = None
         arrays = self.method.sends(kind, number, self.weights, self.optimizer)
         return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
 
@@ -351,26 +378,22 @@ class FederatedDistillation(Strategy):
         self.exchange.token_budget = self.growth.budget
         return told
 
-    def _record_training(self, phase: Phase, intake: Intake, grown: dict[str, Any]) -> None:
+    def _record_training(self, phase: Phase, intake: Intake, losses: dict[str, float], grown: dict[str, Any]) -> None:
         history = self.history
-        lines = sorted(intake.lines, key=lambda line: line.client)
         history.rounds = phase.round
         history.examples += intake.examples * self.config.client.epochs
         history.train_seconds += phase.seconds
-        history.losses = {
-            name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
-            for name in LOSSES
-        }
-        line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        history.losses = losses
+        line = {"round": phase.round, "phase": "train", "clients": len(intake.lines), "examples": intake.examples}
         self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
-    def _record_scores(self, phase: Phase, found: TieredScores) -> None:
+    def _record_scores(self, phase: Phase, found: TieredScores, spread: dict[str, float]) -> None:
         history, spec = self.history, self.data.task.score_spec
         history.student = scores(spec, found.together("student"))
         history.teacher = scores(spec, found.together("teacher"))
         history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
         history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
-        history.spread = client_spread([line.score for line in found.lines])
+        history.spread = spread
         share = retention(history.student, history.teacher, self.data.task.headline)
         line = {"round": phase.round, "phase": "evaluate", "clients": len(found.lines)}
         line |= {"student": history.student, "teacher": history.teacher, "retention": share, "spread": history.spread}
@@ -396,6 +419,14 @@ class FederatedDistillation(Strategy):
         kept = "" if math.isnan(share) else f" ({share:.1%} kept)"
         public = f", validation {history.validation[metric]:.4f}" if metric in history.validation else ""
         return f"{self._latest()}{kept}{public}"
+
+
+def _mean_losses(intake: Intake) -> dict[str, float]:
+    """Over the examples of all clients in the sum."""
+    lines = sorted(intake.lines, key=lambda line: line.client)
+    return {
+        name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples for name in LOSSES
+    }
 
 
 def _take_lines(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
