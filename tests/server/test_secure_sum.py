@@ -106,7 +106,7 @@ class Cohort:
 
     def kept(self):
         """All that lies on the clients' disks."""
-        return {path.name: path.read_text() for path in self.folder.glob("secure-sums/*/*/*.json")}
+        return {str(path): path.read_text() for path in self.folder.glob("secure-sums/*/*/*.json")}
 
 
 def holds(cohort, survivors, opened):
@@ -117,7 +117,7 @@ def holds(cohort, survivors, opened):
     assert [line.client for line in opened.lines] == sorted(survivors)
 
 
-@pytest.mark.parametrize("size", [4, 9, 64])
+@pytest.mark.parametrize("size", [4, 16])
 def test_the_opened_sum_has_the_bits_of_the_plain_one(tmp_path, size):
     cohort = Cohort(tmp_path, size)
     survivors, opened = cohort.sum()
@@ -139,7 +139,7 @@ def test_clients_may_be_lost_before_any_stage(tmp_path, stage):
     holds(cohort, survivors, opened)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_losses_give_the_sum_of_the_rest_or_a_clean_end(tmp_path_factory, data):
     size = data.draw(st.integers(4, 9))
