@@ -20,15 +20,18 @@ from clients.consensus import ConsensusWorker
 from clients.general import GeneralWorker
 from clients.home import Home
 from clients.mutual import MutualWorker
+from clients.secure_sum import FOLDER, Answer, Member, masked_sum, members_of, say
 from clients.worker import ClientRefused, Finished, Worker
 from common.config import from_flat
 from common.errors import place_of, told_of
+from common.store import cache_folder
 from common.wire import (
     ClientLine,
     Instruction,
     mark_answer,
     pack_joined,
     pack_reply,
+    pack_told,
     unpack_files,
     unpack_instruction,
     unpack_student,
@@ -47,7 +50,10 @@ def teach(message: Message, context: Context) -> Message:
     """Compute the teacher's outputs for the clients' examples, where they are not on disk yet."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        return pack_reply({}, worker.teach(instruction.clients, finished))
+        lines = worker.teach(instruction.clients, finished)
+        if worker.config.privacy.secure_aggregation:  # how many examples a client has is told by no other way either
+            lines = [ClientLine(line.client, 0, 0.0, problem=line.problem) for line in lines]
+        return pack_reply({}, lines)
 
     return _answer(message, context, work)
 
@@ -57,7 +63,7 @@ def weigh(message: Message, context: Context) -> Message:
     """Say how much the student's heads and neurons matter on the clients' examples, before round 1."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        return pack_reply(*worker.weigh(instruction.clients, finished))
+        return _sums("weigh", worker, instruction, lambda asked: worker.weigh(asked.clients, finished))
 
     return _answer(message, context, work)
 
@@ -67,7 +73,8 @@ def train(message: Message, context: Context) -> Message:
     """Distil the student on each listed client; reply with the sum of the updates, or with each."""
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
-        return pack_reply(*worker.train(_arrays(message, "train", instruction, worker), instruction, finished))
+        arrays = _arrays(message, "train", instruction, worker)
+        return _sums("train", worker, instruction, lambda asked: worker.train(arrays, asked, finished))
 
     return _answer(message, context, work)
 
@@ -78,9 +85,27 @@ def evaluate(message: Message, context: Context) -> Message:
 
     def work(instruction: Instruction, worker: Worker, finished: Finished) -> RecordDict:
         arrays = _arrays(message, "evaluate", instruction, worker)
-        return pack_reply(*worker.evaluate(arrays, instruction, finished))
+        return _sums("evaluate", worker, instruction, lambda asked: worker.evaluate(arrays, asked, finished))
 
     return _answer(message, context, work)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """In a secure sum: draw keys, tell the public ones."""
+    return _stage(message, context, Member.keys)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """In a secure sum: shares of what the masks are made of, sealed for each of the others."""
+    return _stage(message, context, Member.letters)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """In a secure sum: what opens the sum of those who are still there."""
+    return _stage(message, context, Member.reveal)
 
 
 @app.query("join")
@@ -103,6 +128,33 @@ def supply(message: Message, context: Context) -> Message:
         home_of(context).take(instruction, unpack_files(message.content))
         lines = [ClientLine(client, 0, time.perf_counter() - began) for client in instruction.clients]
         content = mark_answer(pack_reply({}, lines), instruction, message.metadata.message_type)
+        return Message(content, reply_to=message)
+
+    return _safely(answer)
+
+
+def _sums(what: str, worker: Worker, instruction: Instruction, answer: Answer) -> RecordDict:
+    """What a worker has summed up, under masks where the keys say so."""
+    if worker.config.privacy.secure_aggregation:
+        return pack_reply(*masked_sum(worker, what, instruction, answer))
+    return pack_reply(*answer(instruction))
+
+
+def _stage(message: Message, context: Context, work: Callable[[Member], Any]) -> Message:
+    def answer() -> Message:
+        instruction = unpack_instruction(message.content)
+        config = from_flat(json.loads(instruction.config))
+        if is_home(context):
+            home = home_of(context)
+            home.is_asked(instruction)
+            instruction, cache = replace(instruction, scoreboard="", host=""), home.cache
+        else:
+            cache = cache_folder(config.runtime.cache)
+        if _is_over(instruction):
+            raise PhaseOver
+        members = members_of(cache / FOLDER, instruction, config.privacy.secure_threshold)
+        content = pack_told(*say(members, work))
+        _finished(instruction)(len(instruction.clients))
         return Message(content, reply_to=message)
 
     return _safely(answer)

@@ -99,7 +99,7 @@ class Home:
         Raises:
             ClientRefused: the data do not fit the task, or this is another client's question.
         """
-        self._is_asked(instruction)
+        self.is_asked(instruction)
         config, task = self.config(instruction), task_of(instruction)
         table = self._table(config, task)
         cut = cut_private(
@@ -109,6 +109,8 @@ class Home:
         write_atomically(self.state / "joined.json", json.dumps({"data": table.fingerprint()}).encode())
         held = sorted(path.name for folder in (self.teachers, self.students) for path in _folders(folder))
         sizes = int(cut.train_sizes[self.client]), int(cut.heldout_sizes[self.client])
+        if config.privacy.secure_aggregation:  # that it has some, not how many
+            sizes = min(sizes[0], 1), min(sizes[1], 1)
         return Joined(self.client, *sizes, tuple(held), FEDISTILL)
 
     def take(self, instruction: Instruction, files: dict[str, bytes]) -> None:
@@ -117,7 +119,7 @@ class Home:
         Raises:
             ClientRefused: it is another one, or does not open.
         """
-        self._is_asked(instruction)
+        self.is_asked(instruction)
         student = "shape.json" in files
         name = _checked(instruction.student_hash if student else instruction.teacher_hash)
         with build_folder((self.students if student else self.teachers) / name) as draft:
@@ -135,7 +137,7 @@ class Home:
         Raises:
             ClientRefused: teacher or student are not here, or the data are not those that it has joined with.
         """
-        self._is_asked(instruction)
+        self.is_asked(instruction)
         teacher, student = self.teachers / _checked(instruction.teacher_hash), _checked(instruction.student_hash)
         if not teacher.is_dir():
             raise ClientRefused("the teacher of this run is not here")
@@ -180,7 +182,8 @@ class Home:
             print(error, flush=True)  # into the owner's log
             raise ClientRefused("its data file does not fit the task; its owner finds why in worker.log") from None
 
-    def _is_asked(self, instruction: Instruction) -> None:
+    def is_asked(self, instruction: Instruction) -> None:
+        """Raises `ClientRefused` when another client is asked."""
         if instruction.clients != (self.client,):
             raise ClientRefused(f"this is client {self.client}, and another was asked")
 

@@ -39,7 +39,14 @@ from common.runtime_api import UNANSWERED, WITHDRAWN, TaskDesk, working
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 20.0  # between two looks whether a message that does not come has been given up
 SILENT_SECONDS = 5.0  # without an answer of our own SuperNode: it is gone, and we are started again with it
-MAY_LEAVE = ("clients", "joined", "update", "student", "teacher")  # records; some with an ending, see `_is_known`
+MAY_LEAVE = (
+    "clients",
+    "joined",
+    "update",
+    "student",
+    "teacher",
+    "secure",
+)  # records; some with an ending, see `_is_known`
 
 
 class Audit:

@@ -55,6 +55,7 @@ class Instruction:
         host: the machine on which the scoreboard lies; no other looks for it.
         task: for a client on a device of its own, which has its own data, what they are to look like, as JSON
             (`Task`). Such a client gets no folder or key of the server's; it finds teacher and student by their hashes.
+        secure: what it is about in a secure sum, as JSON (`common.secure_sum.Question`); empty: nothing.
     """
 
     run: str
@@ -74,6 +75,7 @@ class Instruction:
     scoreboard: str = ""
     host: str = ""
     task: str = ""
+    secure: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     told = asdict(instruction)
-    for name in ("token_budget", "clip_norm", "masked", "masked_hash", "task"):
+    for name in ("token_budget", "clip_norm", "noise", "masked", "masked_hash", "task", "secure"):
         if not told[name]:
             del told[name]
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
@@ -201,6 +203,19 @@ def check_answer(content: RecordDict, run: str, round_number: int, kind: str) ->
 
 def _question(run: str, round_number: int, kind: str) -> str:
     return f"{run}/{round_number}/{kind}"
+
+
+def pack_told(told: Mapping[int, Any], lines: list[ClientLine]) -> RecordDict:
+    """Content of a node's answer in a stage of a secure sum: what each client says, and a line for each."""
+    content = pack_reply({}, lines)
+    content["secure"] = ConfigRecord({"json": json.dumps({str(client): said for client, said in told.items()})})
+    return content
+
+
+def unpack_told(content: RecordDict) -> str:
+    """What clients say in a stage of a secure sum, as JSON. Raises `WireError` when it is not there, or more is."""
+    _only(content, {"secure"})
+    return _config_text(content, "secure")
 
 
 def unpack_lines(content: RecordDict, clients: frozenset[int]) -> list[ClientLine]:

@@ -61,6 +61,10 @@ class ClippedSum(_Released, Summed):
         self.total.fold(part, lines, self.sizes)
         return lines, {}
 
+    def put(self, totals: Mapping[str, NDArray[np.int64]], lines: list[ClientLine], examples: int) -> None:
+        self._check_reach(totals, len(lines))
+        super().put(totals, lines, examples)
+
     def _check_reach(self, part: Mapping[str, NDArray[np.int64] | Rows], clients: int) -> None:
         """Raise `Rejected` where so many clients cannot have added that much."""
         values = {name: array.values if isinstance(array, Rows) else array for name, array in part.items()}

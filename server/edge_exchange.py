@@ -118,4 +118,5 @@ class EdgeExchange(Exchange):
             token_budget=self.token_budget,
             clip_norm=self.clip_norm,
             task=task_text(self.data.task),
+            secure=self.secure(clients),
         )

@@ -30,6 +30,9 @@ NAMES = {
     "query.supply": "send models",
     "query.teach": "teacher outputs",
     "query.weigh": "weigh heads and neurons",
+    "query.keys": "agree on masks",
+    "query.shares": "share the masks' secrets",
+    "query.unmask": "open the sum",
     "train": "train",
     "evaluate": "score",
 }  # of the kinds of message, on screen
@@ -119,6 +122,8 @@ class Exchange:
         self.feedback: dict[int, int] = {}  # client -> round of its last accepted lossy update
         self.token_budget = 0  # of training; 0: as the keys say
         self.clip_norm = 0.0  # of updates; 0: none
+        self.secure: Callable[[Sequence[int]], str] = no_question  # what messages say of a secure sum
+        self.seats: dict[int, int] = {}  # nodes where clients keep what they need for it
         self.speeds: dict[int, float] = {}
         self.misses: dict[int, int] = {}
         self.suspects: set[tuple[str, int]] = set()  # kind of message and client: lost when it was last tried
@@ -287,7 +292,14 @@ class Exchange:
 
     def _lists(self, clients: Sequence[int], grid: Any) -> dict[int, tuple[int, ...]]:
         """The clients that each node works for."""
-        return assign(clients, self.sizes, self._alive(grid), self.speeds)
+        alive = self._alive(grid)
+        lists: dict[int, tuple[int, ...]] = {}
+        free = [client for client in clients if self.seats.get(client) not in alive]
+        for client in sorted(set(clients) - set(free)):
+            lists[self.seats[client]] = (*lists.get(self.seats[client], ()), client)
+        for node, chosen in assign(free, self.sizes, alive, self.speeds).items():
+            lists[node] = (*lists.get(node, ()), *chosen)
+        return lists
 
     def _second_chance(self, phase: Phase, grid: Any, size: int) -> list[Message]:
         """Messages for lost clients in lists of this size, to other nodes where there are any.
@@ -395,7 +407,13 @@ class Exchange:
             masked_hash="" if masked is None else masked.hash,
             scoreboard=str(self._scoreboard),
             host=socket.gethostname(),
+            secure=self.secure(clients),
         )
+
+
+def no_question(clients: Sequence[int]) -> str:
+    """What messages outside a secure sum say of it."""
+    return ""
 
 
 def _split(clients: Sequence[int], size: int) -> list[Sequence[int]]:

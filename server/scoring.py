@@ -1,5 +1,6 @@
 """Scores from the clients' held-out data: sums of statistics, of each tier and of all together."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,12 @@ class TieredScores:
         for name, own, bound in parts:
             self.totals[name].add(sums[name], own, bound)
         return lines, {}
+
+    def put(self, sums: Mapping[str, NDArray[np.int64]], lines: list[ClientLine]) -> None:
+        """Take the whole sums of a run without tiers, by `WHO`. Raises ValueError for what are no statistics."""
+        for who, statistics in sums.items():
+            check_statistics(self.spec, statistics)
+            self.totals[self.names[who][0]] = RunningSum({"statistics": statistics}, lines=list(lines))
 
     def by_tier(self, who: str) -> list[NDArray[np.int64]]:
         return [self.totals[name].totals["statistics"] for name in self.names[who]]

@@ -24,6 +24,7 @@ from common.keys import KEEPING, PUBLIC
 from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress
+from common.secure_sum import LEAST
 from common.wire import LOSSES, SPENT, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
 from server.assignment import pick_cohort
@@ -44,11 +45,13 @@ from server.phase import Phase
 from server.preparation import Federation
 from server.privacy_report import spending, spending_of_examples, told
 from server.run_folder import RunFolder
-from server.scoring import TieredScores, tier_rows
+from server.scoring import WHO, TieredScores, tier_rows
+from server.secure_sum import MaskedWords, SecureSum, layout_of
 from server.student import Width, choose_width, narrow_student, random_width
 from server.supplies import files_of
 from server.validation import validate
 
+SECURED = ("train", "evaluate", "query.weigh")  # questions whose answers are sums
 METHODS: dict[str, type[Averaging]] = {"feddf": FedDF, "fedmd": Consensus, "ds-fl": Consensus}
 
 
@@ -89,6 +92,8 @@ class FederatedDistillation(Strategy):
         self.exchange = kind(federation, secrets.token_hex(8), folder.path, progress, stopped=stopped, on_hang=on_hang)
         method = METHODS.get(self.config.server.strategy, Averaging)
         self.method = method(federation, progress, self.exchange.tick, folder.add_line)
+        secure = self.config.privacy.secure_aggregation
+        self.secure = SecureSum(self.exchange, self.config, self._count) if secure else None
         if folder.resumed:
             self._continue()
         if self.method.privacy is not None:
@@ -128,11 +133,15 @@ class FederatedDistillation(Strategy):
         self._teach(0, cohort, grid)
         shapes = {name: np.shape(getattr(pupil.shape, name)) for name in ("heads", "neurons")}
         intake = Summed(shapes, {client: min(size, MOST) for client, size in self.exchange.sizes.items()})
+        masked = None if self.secure is None else MaskedWords(layout_of({"update": shapes}))
         messages = self._ask("query.weigh", 0, cohort, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
-        phase = self.exchange.collect(grid, replies, intake.take)
+        phase = self.exchange.collect(grid, replies, (masked or intake).take)
         self._count(phase)
         self._check_losses(phase)
+        if self.secure is not None and masked is not None:
+            opened = self.secure.open(masked, phase.accepted, grid)
+            intake.put(opened.group("update"), opened.lines, opened.examples)
         self._keep(choose_width(self.config, **intake.update()))
         self.folder.add_line({"round": 0, "phase": "weigh", "clients": len(intake.lines), **phase.faults()})
 
@@ -167,11 +176,19 @@ class FederatedDistillation(Strategy):
         number, keys, client = self.done + server_round, self.config.server, self.config.client
         partial = client.max_seconds or client.energy_budget or self.federation.homes  # a device's owner may set limits
         sizes = UpTo(self.exchange.sizes) if partial else self.exchange.sizes
-        intake = self.method.intake(number, self.weights, sizes)
-        phase = self.exchange.collect(self.grid, replies, intake.take)
+        intake, masked, losses = self.method.intake(number, self.weights, sizes), None, None
+        if self.secure is not None:
+            assert isinstance(intake, Summed)
+            masked = MaskedWords(layout_of({"update": intake.shapes}))
+        phase = self.exchange.collect(self.grid, replies, (masked or intake).take)
         try:
             if self.method.privacy is None:  # else a client that is lost counts as one with nothing to say
                 self._check_losses(phase)
+            if self.secure is not None and masked is not None and phase.clients:
+                assert isinstance(intake, Summed)
+                opened = self.secure.open(masked, phase.accepted, self.grid)
+                intake.put(opened.group("update"), opened.lines, opened.examples)
+                losses = opened.losses
             update = intake.update()
             phase.ended = time.monotonic()  # training ends when the mean update is there
         except ValueError as error:
@@ -183,7 +200,7 @@ class FederatedDistillation(Strategy):
         grown = self._grow(update, intake)
         if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
-        self._record_training(phase, intake, grown)
+        self._record_training(phase, intake, losses or _mean_losses(intake), grown)
         moved = self.method.step(number, self.weights, update, intake, self.optimizer)
         self.weights = mean_of_last(self.config, number, moved, self.optimizer)
         return None, None
@@ -204,11 +221,22 @@ class FederatedDistillation(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         intake = self._scores_intake(self.done + server_round)
-        phase = self.exchange.collect(self.grid, replies, intake.take)
+        masked = None
+        if self.secure is not None:
+            masked = MaskedWords(layout_of(dict.fromkeys(WHO, intake.shapes)))
+        phase = self.exchange.collect(self.grid, replies, (masked or intake).take)
         self._count(phase)
         if self.scores_are_exact:
             self._check_losses(phase)
-        self._record_scores(phase, intake)
+        spread = None
+        if self.secure is not None and masked is not None and phase.clients:
+            opened = self.secure.open(masked, phase.accepted, self.grid)
+            spread = opened.spread
+            try:
+                intake.put({who: opened.group(who)["statistics"] for who in WHO}, opened.lines)
+            except ValueError as error:
+                raise RunFailed(f"round {phase.round}: {error}") from None
+        self._record_scores(phase, intake, spread or client_spread([line.score for line in intake.lines]))
         return None
 
     def summary(self) -> None:
@@ -265,6 +293,11 @@ class FederatedDistillation(Strategy):
     ) -> list[Message]:
         if self.federation.homes:
             self._supply(number, clients, grid)
+        if self.secure is not None and kind in SECURED:
+            # a drawn cohort may be too few to hide one another: then nobody has anything to say
+            few = self.method.privacy is not None and len(clients) < LEAST
+            clients = () if few else self.secure.begin(kind.removeprefix("query."), number, clients, grid)
+            goal = None
         arrays = self.method.sends(kind, number, self.weights, self.optimizer)
         return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
 
@@ -401,9 +434,8 @@ class FederatedDistillation(Strategy):
         self.exchange.token_budget = self.growth.budget
         return told
 
-    def _record_training(self, phase: Phase, intake: Intake, grown: dict[str, Any]) -> None:
+    def _record_training(self, phase: Phase, intake: Intake, losses: dict[str, float], grown: dict[str, Any]) -> None:
         history = self.history
-        lines = sorted(intake.lines, key=lambda line: line.client)
         history.rounds = phase.round
         history.examples += intake.examples * self.config.client.epochs
         history.train_seconds += phase.seconds
@@ -411,24 +443,21 @@ class FederatedDistillation(Strategy):
             told = {"clip_norm": self.exchange.clip_norm, "noise_multiplier": self.method.privacy.noise}
             self.folder.add_line({"round": phase.round, "phase": "train", **told})
             return
-        line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        line = {"round": phase.round, "phase": "train", "clients": len(intake.lines), "examples": intake.examples}
         if self.config.privacy.unit == "example":  # losses are of private examples, and have no noise
-            history.privacy = spending_of_examples(self.config.privacy, history.privacy, lines)
+            history.privacy = spending_of_examples(self.config.privacy, history.privacy, intake.lines)
             line |= {name: history.privacy[name] for name in SPENT}
         else:
-            history.losses = {
-                name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
-                for name in LOSSES
-            }
+            history.losses = losses
         self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
-    def _record_scores(self, phase: Phase, found: TieredScores) -> None:
+    def _record_scores(self, phase: Phase, found: TieredScores, spread: dict[str, float]) -> None:
         history, spec = self.history, self.data.task.score_spec
         history.student = scores(spec, found.together("student"))
         history.teacher = scores(spec, found.together("teacher"))
         history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
         history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
-        history.spread = client_spread([line.score for line in found.lines]) if self.scores_are_exact else {}
+        history.spread = spread if self.scores_are_exact else {}
         share = retention(history.student, history.teacher, self.data.task.headline)
         line: dict[str, Any] = {"round": phase.round, "phase": "evaluate"}
         line |= {"student": history.student, "teacher": history.teacher, "retention": share}
@@ -456,6 +485,14 @@ class FederatedDistillation(Strategy):
         kept = "" if math.isnan(share) else f" ({share:.1%} kept)"
         public = f", validation {history.validation[metric]:.4f}" if metric in history.validation else ""
         return f"{self._latest()}{kept}{public}"
+
+
+def _mean_losses(intake: Intake) -> dict[str, float]:
+    """Over the examples of all clients in the sum."""
+    lines = sorted(intake.lines, key=lambda line: line.client)
+    return {
+        name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples for name in LOSSES
+    }
 
 
 def _take_lines(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
