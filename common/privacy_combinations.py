@@ -110,6 +110,11 @@ def _secure_aggregation(config: Keys) -> None:
             "privacy.distributed-noise = true: each client adds a part of the noise to its words of a secure sum; give "
             "privacy.secure-aggregation = true and privacy.unit = 'client'"
         )
+    if privacy.distributed_noise and privacy.adaptive_clip:
+        raise ValueError(
+            f"privacy.adaptive-clip = {privacy.adaptive_clip}: what it counts is noised by the server, and with "
+            "privacy.distributed-noise = true nothing is; give one of them"
+        )
     if not privacy.secure_aggregation:
         return
     reasons = {

@@ -49,6 +49,7 @@ class Instruction:
         student: key of the prepared student, and the hash of its weights as it was prepared.
         token_budget: padded word pieces per step of training; 0: as the keys say.
         clip_norm: norm that a client's whole update is scaled down to, and it counts as one; 0: it is not.
+        noise: deviation of the noise that clients add together, each its part; 0: they add none.
         masked: folder of the masked-LM teacher of general rounds, and the hash of its weights; empty: there are none.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
@@ -70,6 +71,7 @@ class Instruction:
     student_hash: str
     token_budget: int = 0
     clip_norm: float = 0.0
+    noise: float = 0.0
     masked: str = ""
     masked_hash: str = ""
     scoreboard: str = ""
@@ -155,8 +157,10 @@ def unpack_instruction(content: RecordDict) -> Instruction:
         raise WireError("instruction: not one round of feedback for each client")
     if type(instruction.token_budget) is not int or instruction.token_budget < 0:
         raise WireError("instruction: the token budget is not a whole number from 0 up")
-    if not _is_number(instruction.clip_norm) or instruction.clip_norm < 0:
-        raise WireError("instruction: the clip norm is not a number from 0 up")
+    for name in ("clip_norm", "noise"):
+        number = getattr(instruction, name)
+        if not _is_number(number) or number < 0:
+            raise WireError(f"instruction: {name} is not a number from 0 up")
     if not re.fullmatch("[0-9a-f]{16}", instruction.run):  # it names a folder
         raise WireError("instruction: the run's id is not 16 hexadecimal digits")
     return instruction

@@ -119,16 +119,22 @@ class ClientPrivacy:
         """Of a round's sum."""
         return {**shapes, **(BELOW_SHAPE if self.keys.adaptive_clip else {})}
 
-    def release(self, number: int, totals: Totals) -> Update:
-        """A round's update from the sum of the clipped ones, charged before it is there; the next round's clip norm."""
+    @property
+    def deviation(self) -> float:
+        """Of the noise of an update's sum."""
+        return self._update_noise() * self.clip_norm * self.factor
+
+    def release(self, number: int, totals: Totals, *, noisy: bool = False) -> Update:
+        """A round's update from the sum of the clipped ones, charged before it is there; the next round's clip norm.
+
+        Args:
+            noisy: the clients have added the noise.
+        """
         self.ledger.charge(Charge(number, "update", self.noise, self.rate))
-        deviations = dict.fromkeys(totals, self._update_noise() * self.clip_norm)
+        deviations = dict.fromkeys(totals, 0.0 if noisy else self.deviation)
         if BELOW in totals:
-            deviations[BELOW] = self._below_noise()
-        update = {
-            name: mean(noised(total, deviations[name] * self.factor * SCALE), self.expected)
-            for name, total in totals.items()
-        }
+            deviations[BELOW] = self._below_noise() * self.factor
+        update = {name: mean(noised(total, deviations[name] * SCALE), self.expected) for name, total in totals.items()}
         if BELOW in update:
             share = float(update.pop(BELOW)[0]) + 0.5
             moved = self.clip_norm * math.exp(-LEARNING_RATE * (share - self.keys.adaptive_clip))

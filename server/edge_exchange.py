@@ -117,6 +117,7 @@ class EdgeExchange(Exchange):
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
             clip_norm=self.clip_norm,
+            noise=self.noise,
             task=task_text(self.data.task),
             secure=self.secure(clients),
         )

@@ -122,6 +122,7 @@ class Exchange:
         self.feedback: dict[int, int] = {}  # client -> round of its last accepted lossy update
         self.token_budget = 0  # of training; 0: as the keys say
         self.clip_norm = 0.0  # of updates; 0: none
+        self.noise = 0.0  # that clients add together; 0: none
         self.secure: Callable[[Sequence[int]], str] = no_question  # what messages say of a secure sum
         self.seats: dict[int, int] = {}  # nodes where clients keep what they need for it
         self.speeds: dict[int, float] = {}
@@ -403,6 +404,7 @@ class Exchange:
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
             clip_norm=self.clip_norm,
+            noise=self.noise,
             masked="" if masked is None else str(masked.folder.resolve()),
             masked_hash="" if masked is None else masked.hash,
             scoreboard=str(self._scoreboard),

@@ -104,8 +104,9 @@ def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:
 def _note(privacy: ClientPrivacy) -> str:
     keys = privacy.keys
     what = "students and metrics.jsonl" if keys.scores_share else "students"
+    towards = "" if keys.distributed_noise else " but the server"
     words = [
-        f"holds for the {what}, towards everybody but the server; cohorts and noise come from the operating system's "
+        f"holds for the {what}, towards everybody{towards}; cohorts and noise come from the operating system's "
         "entropy, so the run cannot be reproduced bit for bit"
     ]
     if keys.noise_cohort:

@@ -162,6 +162,7 @@ class FederatedDistillation(Strategy):
         if self.method.privacy is not None:
             self.cohort = self.method.privacy.cohort(ready)
             self.exchange.clip_norm = self.method.privacy.clip_norm
+            self.exchange.noise = self.method.privacy.deviation if self.config.privacy.distributed_noise else 0.0
             goal = len(self.cohort)
         else:
             self.cohort = pick_cohort(ready, keys.cohort, self.config.seed, number, keys.over_select)
