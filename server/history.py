@@ -93,7 +93,8 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "validation": history.validation,
     }
     # the sum is not masked or noised here: nothing is claimed
-    privacy = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}
+    privacy: dict[str, Any] = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}
+    privacy["secure_aggregation"] = federation.config.privacy.secure_aggregation
     return {
         "status": status,
         "task": data.task.name,

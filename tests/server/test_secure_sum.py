@@ -271,3 +271,16 @@ def test_a_wrong_share_is_noticed_and_others_open_the_sum(tmp_path, monkeypatch)
 def test_two_clients_are_no_crowd(tmp_path):
     with pytest.raises(RunFailed, match="a sum of 2 clients hides nobody"):
         Cohort(tmp_path, 4).sum((1, 2))
+
+
+def test_with_distributed_noise_nobody_ever_holds_a_sum_without(tmp_path):
+    keys = {"unit": "client", "distributed-noise": True, "noise-multiplier": 0.5, "clip-norm": 2.0}
+    cohort = Cohort(tmp_path, 6, **{f"privacy.{name}": value for name, value in keys.items()})
+    cohort.lost = {"train": {1}}
+    survivors, opened = cohort.sum()
+    noise = opened.group("update")["a"] - plain_sum(survivors)["a"]
+    need = threshold_of(0.66, 6)
+    expected = 0.5 * 2.0 * 2.0**32 * np.sqrt(len(survivors) / need)  # a little more than asked, never less
+    assert noise.std() == pytest.approx(expected, rel=0.15)
+    assert (opened.examples, need) == (0, 4)
+    assert len(opened.lines) == 5
