@@ -7,8 +7,10 @@ the same answer again: nothing is drawn twice, no other words are ever masked wi
 either the share of its own mask or that of its masking key is told, never both.
 """
 
+import hashlib
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +23,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from clients.worker import ClientRefused, Groups, Worker, _kind
+from common.distributed_noise import distributed_noise
 from common.edge import write_private
-from common.fixed_point import Rows, largest_of
+from common.fixed_point import SCALE, Rows, largest_of
 from common.secure_sum import (
     LEAST,
     LIMIT,
@@ -53,6 +56,7 @@ from common.wire import SPENT, ClientLine, Instruction
 State = dict[str, Any]
 Answer = Callable[[Instruction], tuple[Groups, list[ClientLine]]]  # of a worker, to a message
 FOLDER = "secure-sums"  # in the cache
+DAY_SECONDS = 86_400.0
 
 
 class Member:
@@ -126,6 +130,26 @@ class Member:
                     agreed = pair_key(key, keys[peer][1], self.session, "mask", (self.client, peer))
                     add_pair_mask(words, agreed, self.client, peer)
             return words
+
+    def noised(self, sums: Mapping[str, NDArray[np.int64]], deviation: float) -> dict[str, NDArray[np.int64]]:
+        """A clipped update with this client's part of noise of a deviation.
+
+        The key of the noise is kept as long as those of the masks: asked again, it sends the same words.
+
+        Raises:
+            ClientRefused: the deviation is none.
+        """
+        if not deviation:
+            raise ClientRefused("secure sum: it is to add noise, and is not told how much")
+        with self._locked():
+            state = self._state()
+            if "noise" not in state:
+                self._save(state := state | {"noise": secrets.token_hex(32)})
+        sigma, found = deviation * SCALE, {}
+        for name, part in sums.items():
+            key = hashlib.sha256(bytes.fromhex(state["noise"]) + name.encode()).digest()
+            found[name] = part + distributed_noise(part.shape, sigma, self.question.threshold, key)
+        return found
 
     def reveal(self) -> dict[str, Any]:
         """A share of each survivor's own mask, and one of the masking key of each member that was lost.
@@ -231,6 +255,10 @@ class Member:
         draft.replace(self.path)
 
     def _forget_earlier(self) -> None:
+        """Files of sums that are over, and those that runs of other days have left."""
+        for path in self.folder.parent.parent.glob(f"*/{self.client}/*-*-*"):
+            if path.stat().st_mtime < time.time() - DAY_SECONDS:
+                path.unlink(missing_ok=True)
         for path in self.folder.glob("*-*-*"):
             if int(path.name.partition("-")[0]) <= self.round:
                 path.unlink(missing_ok=True)
@@ -266,6 +294,7 @@ def masked_sum(worker: Worker, what: str, instruction: Instruction, answer: Answ
     members = list(members_of(worker.cache / FOLDER, instruction, worker.config.privacy.secure_threshold))
     if members[0].question.what != what:
         raise ClientRefused(f"secure sum: of another kind than {what}")
+    hidden = what == "train" and worker.config.privacy.distributed_noise  # no number of a client goes without noise
     total: Words | None = None
     lines: list[ClientLine] = []
     seconds = 0.0
@@ -276,7 +305,10 @@ def masked_sum(worker: Worker, what: str, instruction: Instruction, answer: Answ
             lines.append(ClientLine(member.client, 0, 0.0, problem=line.problem))
             continue
         try:
-            arrays = dense(groups, worker.shapes) | {"tail/numbers": tail_of(line)}
+            arrays = dense(groups, worker.shapes)
+            if hidden:
+                arrays = member.noised(arrays, instruction.noise)
+            arrays["tail/numbers"] = tail_of(ClientLine(member.client, 0, 0.0) if hidden else line)
             words = member.mask(Layout({name: array.shape for name, array in arrays.items()}).join(arrays))
         except Exception as error:
             lines.append(_problem(member.client, error))

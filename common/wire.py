@@ -340,10 +340,13 @@ def _only(content: RecordDict, expected: set[str]) -> None:
 
 def message_bytes(message: Message) -> int:
     """Bytes of a message's content: array data and configuration values."""
-    if not message.has_content():
-        return 0
+    return content_bytes(message.content) if message.has_content() else 0
+
+
+def content_bytes(content: RecordDict) -> int:
+    """The same of a content by itself."""
     total = 0
-    for record in message.content.values():
+    for record in content.values():
         for value in record.values():
             if isinstance(value, Array):
                 total += len(value.data)

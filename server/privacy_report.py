@@ -10,16 +10,14 @@ from common.wire import SPENT, ClientLine
 from server.client_privacy import ClientPrivacy
 from server.ledger import LEDGER
 
-NOTHING = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}  # no sum is masked or noised
+NOTHING = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}  # no sum is noised
 
 
 def privacy_block(federation: Any, history: Any) -> dict[str, Any]:
     """The block of summary.json. What is not noised is said not to be protected."""
-    if federation.config.privacy.unit == "example":
-        return spending_of_examples(federation.config.privacy, history.privacy, [])
-    if history.privacy:
-        return dict(history.privacy)
-    return dict(NOTHING)
+    keys = federation.config.privacy
+    found = spending_of_examples(keys, history.privacy, []) if keys.unit == "example" else history.privacy
+    return {**NOTHING, **found, "secure_aggregation": keys.secure_aggregation}
 
 
 def spending(privacy: ClientPrivacy) -> dict[str, Any]:

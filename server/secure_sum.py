@@ -260,7 +260,8 @@ class SecureSum:
                 f"round {self.round} {self.question.what}: the sum of {len(survivors)} clients does not open; one of "
                 "them has not kept to the protocol"
             )
-        return Opened(arrays, words.lines, tail["examples"], tail["losses"], tail["spread"])
+        lines = sorted(words.lines, key=lambda line: line.client)
+        return Opened(arrays, lines, tail["examples"], tail["losses"], tail["spread"])
 
 
 def _public(seed: bytes, session: str, member: int) -> bytes:

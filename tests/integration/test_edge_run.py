@@ -1,6 +1,7 @@
 """Runs of real clients: the same bits as a simulation, what leaves a client, and what a run survives."""
 
 import csv
+import json
 import shutil
 import time
 
@@ -65,6 +66,30 @@ def test_a_run_of_real_clients_is_a_simulation_bit_for_bit_and_no_text_leaves(
     assert again.exit_code() == 0, again.text()
     assert read_summary(tmp_path / "again")["student_sha256"] == ours["student_sha256"]
     assert [line["phase"] for line in read_lines(tmp_path / "again")].count("supply") == 0
+    federation.stop()
+
+
+def test_real_clients_add_up_under_masks_to_the_same_bits_and_tell_no_counts(
+    federation, fedistill, keys, texts, tmp_path
+):
+    federation.start_clients()
+    keys = [*keys, "-s", "rounds=1"]
+    run = federation.run(tmp_path / "run", *keys, "-s", "privacy.secure-aggregation=true")
+    assert run.exit_code() == 0, run.text()
+    simulated(fedistill, texts, keys)
+    ours, theirs = read_summary(tmp_path / "run"), read_summary(tmp_path / "simulated")
+    assert ours["privacy"]["secure_aggregation"] is True
+    assert ours["student_sha256"] == theirs["student_sha256"]
+    assert ours["student"]["federated"] == theirs["student"]["federated"]
+    assert json.loads((tmp_path / "run" / "members.json").read_text()) == {str(n): [1, 1] for n in range(len(federation))}
+    for number in range(len(federation)):
+        sent = [line for line in federation.audit(number) if line["way"] == "sent" and line["kind"] == "train"]
+        assert [line["records"]["update"]["shapes"].keys() for line in sent] == [{"masked"}]
+        kept = [
+            path.read_text() for path in (home(federation.folder, number) / "state").glob("**/secure-sums/*/*/*.json")
+        ]
+        assert kept
+        assert not any("seed" in text for text in kept)
     federation.stop()
 
 

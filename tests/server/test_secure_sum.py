@@ -16,6 +16,7 @@ from common.errors import RunFailed
 from common.fixed_point import ExactSum
 from common.secure_sum import threshold_of
 from common.wire import LOSSES, ClientLine, pack_reply, pack_told, unpack_instruction
+from server.intake import Summed
 from server.secure_sum import MaskedWords, SecureSum, layout_of
 from tests.server.test_exchange import Run
 
@@ -125,7 +126,8 @@ def test_the_opened_sum_has_the_bits_of_the_plain_one(tmp_path, size):
     holds(cohort, survivors, opened)
     assert opened.losses["loss"] == pytest.approx(1.5)
     assert opened.spread == {"mean": 0.25, "std": 0.0, "clients": size}
-    intake = opened.intake()
+    intake = Summed(SHAPES, {})
+    intake.put(opened.group("update"), opened.lines, opened.examples)
     expected = {name: part / (opened.examples * 2.0**32) for name, part in plain_sum(survivors).items()}
     assert all((intake.update()[name] == expected[name]).all() for name in SHAPES)
 
@@ -271,3 +273,17 @@ def test_a_wrong_share_is_noticed_and_others_open_the_sum(tmp_path, monkeypatch)
 def test_two_clients_are_no_crowd(tmp_path):
     with pytest.raises(RunFailed, match="a sum of 2 clients hides nobody"):
         Cohort(tmp_path, 4).sum((1, 2))
+
+
+def test_with_distributed_noise_nobody_ever_holds_a_sum_without(tmp_path):
+    keys = {"unit": "client", "distributed-noise": True, "noise-multiplier": 0.5, "clip-norm": 2.0}
+    cohort = Cohort(tmp_path, 6, **{f"privacy.{name}": value for name, value in keys.items()})
+    cohort.lost = {"train": {1}}
+    cohort.run.exchange.noise = 0.5 * 2.0
+    survivors, opened = cohort.sum()
+    noise = opened.group("update")["a"] - plain_sum(survivors)["a"]
+    need = threshold_of(0.66, 6)
+    expected = 0.5 * 2.0 * 2.0**32 * np.sqrt(len(survivors) / need)  # a little more than asked, never less
+    assert noise.std() == pytest.approx(expected, rel=0.15)
+    assert (opened.examples, need) == (0, 4)
+    assert len(opened.lines) == 5

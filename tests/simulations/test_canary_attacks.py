@@ -69,7 +69,7 @@ def test_the_mechanism_of_a_run_is_audited_at_its_own_noise(lab):
 
 
 def test_what_canaries_cannot_be_put_into_is_refused(lab):
-    with pytest.raises(InputError, match="example-canaries.canaries = 4: give at least 16"):
+    with pytest.raises(InputError, match=r"example-canaries\.canaries = 4: give at least 16"):
         list(ExampleCanaries(canaries=4).run(lab(), Silent()))
-    with pytest.raises(InputError, match="server.strategy = 'krum'"):
+    with pytest.raises(InputError, match=r"server\.strategy = 'krum'"):
         list(ClientCanaries().run(lab(**{"server.strategy": "krum"}), Silent()))
