@@ -106,7 +106,7 @@ def discrete_laplace(count: int, scale: int, coins: Coins) -> NDArray[np.int64]:
     sizes = low + scale * _geometric(len(low), coins)
     negative = coins.tossed(np.full(len(sizes), 0.5))
     kept = ~(negative & (sizes == 0))  # there is one zero
-    return np.where(negative, -sizes, sizes)[kept]
+    return np.asarray(np.where(negative, -sizes, sizes)[kept])
 
 
 def _geometric(count: int, coins: Coins) -> NDArray[np.int64]:

@@ -15,12 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from clients.secure_sum import Member, masked_sum, members_of, say
 from common.config import Config, from_flat
-from common.wire import ClientLine, Instruction, content_bytes, pack_reply, pack_told
+from common.wire import ClientLine, Instruction, Shapes, content_bytes, pack_reply, pack_told
 from server.exchange import no_question
 from server.phase import Phase
 from server.secure_sum import MaskedWords, SecureSum, layout_of
@@ -36,7 +35,7 @@ class Loopback:
         lost: clients that do not send their masked words.
     """
 
-    def __init__(self, folder: Path, config: Config, shapes: dict[str, tuple[int, ...]], lost: set[int]) -> None:
+    def __init__(self, folder: Path, config: Config, shapes: Shapes, lost: set[int]) -> None:
         self.folder, self.config, self.shapes, self.lost = folder, config, shapes, lost
         self.secure, self.seats, self.run = no_question, {}, "0" * 16  # type: ignore[var-annotated]
         self.seconds: dict[str, float] = {}
@@ -49,7 +48,7 @@ class Loopback:
         empty = Instruction(self.run, number, "", (), (), "", "", "", "", "")
         return [replace(empty, clients=(one,), feedback=(0,), secure=self.secure((one,))) for one in clients]
 
-    def send_and_receive(self, messages: Sequence[Instruction], **given: Any) -> Iterator[tuple[int, RecordDict]]:
+    def send_and_receive(self, messages: Sequence[Instruction], **given: Any) -> Iterator[tuple[int, Any]]:
         for instruction in messages:
             with self._timed():
                 content = self._answer(instruction)
@@ -57,13 +56,13 @@ class Loopback:
             self._note(self.down, len(instruction.secure))
             yield instruction.clients[0], content
 
-    def collect(self, grid: Any, replies: Iterator[tuple[int, RecordDict]], take: Any) -> Phase:
+    def collect(self, grid: Any, replies: Iterator[tuple[int, Any]], take: Any) -> Phase:
         for client, content in replies:
             lines, refused = take(content, frozenset((client,)))
             self.phase.accept(1, lines, refused)
         return self.phase
 
-    def _answer(self, instruction: Instruction) -> RecordDict:
+    def _answer(self, instruction: Instruction) -> Any:
         if self.phase.kind == "train":
             return pack_reply(*masked_sum(self.worker, "train", instruction, self._train))  # type: ignore[arg-type]
         share = self.config.privacy.secure_threshold
@@ -88,7 +87,7 @@ class Loopback:
         sums[self.phase.kind] = sums.get(self.phase.kind, 0) + amount
 
 
-def update_of(client: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[np.int64]]:
+def update_of(client: int, shapes: Shapes) -> dict[str, NDArray[np.int64]]:
     rng = np.random.default_rng(client)
     return {name: rng.integers(-(2**40), 2**40, shape) for name, shape in shapes.items()}
 
@@ -103,7 +102,7 @@ def measure(members: int, words: int, lost: int) -> dict[str, float]:
         AssertionError: the opened sum is not the plain one.
     """
     config = from_flat({"data.clients": members, "privacy.secure-aggregation": True})
-    shapes = {"w": (words,)}
+    shapes: Shapes = {"w": (words,)}
     with tempfile.TemporaryDirectory() as name:
         loop = Loopback(Path(name), config, shapes, set(range(lost)))
         exchange: Any = loop
