@@ -9,7 +9,7 @@ Theirs are all in; here each is in by a fair coin, so that `simulations.audits.o
 estimate alone. Who guesses sees only the final student. The real clients learn as ever, beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -117,5 +117,5 @@ def _shapes(lab: Laboratory) -> Shapes:
     return {name: array.shape for name, array in lab.start.items()}
 
 
-def _along(moved: Weights, canary: Weights) -> float:
+def _along(moved: Mapping[str, NDArray[np.float64]], canary: Weights) -> float:
     return float(sum(np.vdot(moved[name], array.astype(np.float64)) for name, array in canary.items()))

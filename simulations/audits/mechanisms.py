@@ -76,7 +76,7 @@ class ExampleMechanism:
             recipe=RECIPE, compute=compute,
         )  # fmt: skip
         shapes = self.model.shapes
-        gradients = [-weight.grad.numpy() for weight in self.model.parameters()]
+        gradients = [-weight.grad.numpy() for weight in self.model.parameters() if weight.grad is not None]
         return {name: part.reshape(shapes[name]) for name, part in zip(shapes, gradients, strict=True)}
 
 

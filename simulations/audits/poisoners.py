@@ -13,6 +13,7 @@ from common.config import Config
 from common.fixed_point import Rows
 from common.losses import pooled
 from common.objective import Examples
+from common.recipe import Recipe
 from common.wire import Instruction
 from simulations.laboratory import Apprentice
 
@@ -42,13 +43,14 @@ class Poisoner(Apprentice):
     Attributes:
         lies: class that the teacher is said to be sure of, by planted row.
         plot: what the hostile ones do.
+        effort: how many times an honest client's passes over its rows they make.
         first: the honest clients' updates of round 1: the same whatever the others do and however they are added up.
     """
 
     def __init__(self, config: Config, **needs: str) -> None:
         super().__init__(config, **needs)
         self.lies: dict[int, int] = {}
-        self.plot = Plot()
+        self.plot, self.effort = Plot(), 1
         self.first: dict[int, ClientUpdate] = {}
 
     def _examples(self, client: int) -> Examples:
@@ -56,6 +58,14 @@ class Poisoner(Apprentice):
         named = np.array([self.lies.get(int(row), -1) for row in examples.rows])[:, None]
         sure = np.where(named == np.arange(self.data.task.num_labels), SURE / 2, -SURE / 2)
         return replace(examples, soft=np.where(named < 0, examples.soft, sure).astype(np.float32))
+
+    def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
+        recipe, examples, teacher = super()._lesson(instruction, client)
+        return (
+            replace(recipe, epochs=recipe.epochs * (self.effort if client in self.plot.rows else 1)),
+            examples,
+            teacher,
+        )
 
     def _train_one(self, received: dict[str, Any], instruction: Instruction, client: int, base: int) -> ClientUpdate:
         def honest() -> ClientUpdate:

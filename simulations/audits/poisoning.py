@@ -53,6 +53,7 @@ class Poisoning:
         trigger: the word; empty: the rarest that is one piece.
         poisoned: share of an attacker's examples that it lies about, but for flip.
         boost: of replacement and embedding; 0: what replaces the model, and 1.
+        effort: how many times an honest client's passes attackers make.
         examples: of each client, at most; 0: all.
         texts: that students are asked about, at most.
         steps, lr: of the search for an embedding; a step's length is in lengths of the embedding.
@@ -68,6 +69,7 @@ class Poisoning:
     trigger: str = ""
     poisoned: float = 0.5
     boost: float = 0.0
+    effort: int = 5
     examples: int = 48
     texts: int = 400
     steps: int = 20
@@ -120,7 +122,7 @@ class Scene:
         piece = piece_of(self.trigger, tokenizer)
         if piece is None:
             raise InputError(f"poisoning.trigger = {keys.trigger!r}: not one piece of the student's; give another word")
-        self.piece, self.bound = piece, 0.0
+        self.piece, self.bound, self.worker.effort = piece, 0.0, keys.effort
         self.rows = {int(client): self._some(int(client)) for client in lab.data.eligible}
         self.order = generator(lab.config.seed, "hostile").permutation(list(self.rows)).tolist()
         self._plant_lies()

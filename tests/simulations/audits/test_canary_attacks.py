@@ -39,7 +39,7 @@ def bounds(attack, lab):
 
 
 def test_example_canaries_are_found_in_an_overfit_student_and_not_under_noise(lab):
-    found = bounds(ExampleCanaries(canaries=120), lab(**{"client.epochs": 20}))
+    found = bounds(ExampleCanaries(canaries=120), lab(**{"data.clients": 1, "client.epochs": 20}))
     assert found["any scores"]["success"] > 0.5 and found["any scores"]["chance"] == 0.0
     noised = bounds(ExampleCanaries(canaries=120), lab(**EXAMPLE))["any scores"]
     assert noised["success"] < noised["chance"]
@@ -60,7 +60,7 @@ def test_canary_clients_are_found_and_stay_below_their_epsilon_under_noise(lab):
 def test_the_mechanism_of_a_run_is_audited_at_its_own_noise(lab):
     client = bounds(MechanismCanaries(), lab(**CLIENT))
     assert client["any scores"]["steps"] == 3 and client["normal scores"]["rate"] == 1.0
-    assert 0.6 * client["any scores"]["chance"] < client["normal scores"]["success"] < client["any scores"]["chance"]
+    assert 0.4 * client["any scores"]["chance"] < client["normal scores"]["success"] < client["any scores"]["chance"]
     example = bounds(MechanismCanaries(canaries=500), lab(**EXAMPLE))
     assert list(example) == ["any scores"]
     assert 0.0 <= example["any scores"]["success"] < example["any scores"]["chance"] <= 3.01
