@@ -91,8 +91,15 @@ def noise_for_all(
     while low > LEAST_NOISE and spending(low) <= target:
         low, high = low / 2.0, low
     while high - low > CLOSE * high:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if spending(middle) <= target else (middle, high)
+        # epsilon is almost a power of the noise: a line through the logarithms says where to look, on both sides
+        most, least = spending(low), spending(high)
+        guess, width = math.sqrt(low * high), high - low
+        if least > 0.0 and most < math.inf:
+            guess = low * (high / low) ** (math.log(most / target) / math.log(most / least))
+        for noise in (guess * (1.0 + CLOSE / 3.0), guess * (1.0 - CLOSE / 3.0), None):
+            tried = (low + high) / 2.0 if noise is None and high - low > width / 2.0 else noise
+            if tried is not None and low < tried < high:
+                low, high = (low, tried) if spending(tried) <= target else (tried, high)
     return high
 
 
