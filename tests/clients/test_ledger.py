@@ -43,7 +43,7 @@ def test_a_round_over_the_limit_is_declined_and_not_written_down(tmp_path):
     limit = spent([(1.0, 0.5, 8)], **WAY)
     claim(ledger, limit=limit)
     claim(ledger, number=2, limit=limit)
-    with pytest.raises(Declined, match="its privacy budget is spent: epsilon is .* and its limit is"):
+    with pytest.raises(Declined, match=r"its privacy budget is spent: epsilon is .* and its limit is"):
         claim(ledger, number=3, limit=limit)
     assert len(lines(ledger)) == 2
 

@@ -48,7 +48,7 @@ def loop(scene, recipe, clip_norm, places=SHORT):
         grads = [grad.double() for grad in torch.autograd.grad(loss, weights)]
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
         for whole, grad in zip(total, grads, strict=True):
-            whole += grad * min(1.0, clip_norm / norms[-1])
+            whole.add_(grad * min(1.0, clip_norm / norms[-1]))
     return total, norms
 
 
