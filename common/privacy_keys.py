@@ -11,7 +11,8 @@ class PrivacyKeys(Section):
     unit: Literal["none", "example", "client"] = Field(
         "none",
         description="whose presence the noise hides: example: one example of a client, from the server too (DP-SGD at "
-        "the client); client: all of a client, from whoever sees the students (noise at the server); none: nobody's",
+        "the client); client: all of a client, from whoever sees the students (noise at the server); none: nobody's. "
+        "The noise is the operating system's, and no seed gives it again",
     )
     epsilon: float = Field(
         0.0,
@@ -27,15 +28,19 @@ class PrivacyKeys(Section):
         0.0, ge=0.0, le=1e6, description="deviation of the noise, in clip norms; with `privacy.epsilon` it is found"
     )
     clip_norm: float = Field(
-        1.0, gt=0.0, le=1e6, description="norm that what a unit adds is scaled down to: a gradient, or an update"
+        1.0,
+        gt=0.0,
+        le=1e6,
+        description="norm that what a unit adds is scaled down to: a gradient (in place of `client.clip-norm`), or an "
+        "update",
     )
     lot: int = Field(64, ge=1, description="of unit example: how many examples a step draws in the mean (Poisson)")
     lifetime_epsilon: float = Field(
         0.0,
         ge=0.0,
         le=1000.0,
-        description="of unit example: a client that has spent this on its data in all runs declines; 0: as "
-        "`privacy.epsilon`",
+        description="of unit example: a client declines a round after which one of its examples would have spent more "
+        "than this in all runs together, by the ledger on its disk; 0: as `privacy.epsilon`",
     )
     adaptive_clip: Fraction = Field(
         0.0,

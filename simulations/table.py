@@ -91,7 +91,7 @@ def result_table(summary: dict[str, Any]) -> Table:
         ("training", "", f"{cost['train_s']:.0f} s", f"{cost['examples_per_s']:.0f} examples/s"),
         ("bytes", "", f"{cost['bytes_down'] / 1e6:.0f} MB down", f"{cost['bytes_up'] / 1e6:.0f} MB up"),
     ]
-    if summary["privacy"]["unit"] != "none":
+    if summary.get("privacy", {}).get("unit", "none") != "none":
         costs.append(("privacy", "", privacy_words(summary["privacy"]), ""))
     faults = {name: count for name, count in summary["faults"].items() if count}
     if faults:

@@ -47,8 +47,8 @@ def loop(scene, recipe, clip_norm, places=SHORT):
         loss = each_loss(found["soft"], found["hard"], batch, recipe, recipe.weights).sum()
         grads = [grad.double() for grad in torch.autograd.grad(loss, weights)]
         norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
-        for place, grad in enumerate(grads):
-            total[place] += grad * min(1.0, clip_norm / norms[-1])
+        for whole, grad in zip(total, grads, strict=True):
+            whole.add_(grad * min(1.0, clip_norm / norms[-1]))
     return total, norms
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +10,11 @@ import torch
 
 from common.config import from_flat
 from common.hashing import hash_tensors
+from common.privacy_keys import PrivacyKeys
 from common.slim import Shape
+from common.wire import ClientLine
 from server.history import History, client_spread, retention, summarise, unprepared_summary
+from server.privacy_report import spending_of_examples
 
 
 def test_retention_is_the_students_share_of_the_teachers_score():
@@ -99,3 +102,24 @@ def test_a_run_that_never_began_says_what_it_was(tmp_path):
     summary = unprepared_summary(Config(), "failed")
     assert (summary["status"], summary["task"], summary["rounds"]) == ("failed", "toy", 0)
     assert "torch" in summary["versions"]
+
+
+def test_the_epsilon_of_a_run_is_the_largest_that_a_client_says():
+    keys = PrivacyKeys(unit="example", epsilon=4.0, delta=1e-6, accountant="prv")
+    lines = [
+        ClientLine(0, 5, 0.1, epsilon=1.5, lifetime_epsilon=3.0),
+        ClientLine(1, 5, 0.1, epsilon=2.0, lifetime_epsilon=2.0),
+    ]
+    first = spending_of_examples(keys, {}, lines)
+    assert (first["epsilon"], first["lifetime_epsilon"], first["delta"], first["accountant"]) == (2.0, 3.0, 1e-6, "prv")
+    # a client that is in no later round keeps what it has spent
+    later = spending_of_examples(keys, first, [ClientLine(0, 5, 0.1, epsilon=1.9, lifetime_epsilon=3.4)])
+    assert (later["epsilon"], later["lifetime_epsilon"]) == (2.0, 3.4)
+    assert later["protects"] == {"student": True, "updates": True, "scores": False, "counts": False, "times": False}
+    unbounded = spending_of_examples(keys, later, [ClientLine(0, 5, 0.1)])
+    assert unbounded["epsilon"] is None and not any(unbounded["protects"].values())
+    assert spending_of_examples(keys, unbounded, lines)["epsilon"] is None
+    run = federation(privacy__unit="example", privacy__epsilon=4.0)
+    assert summarise(run, replace(HISTORY, privacy=later), "completed", 1.0)["privacy"] == spending_of_examples(
+        run.config.privacy, later, []
+    )
