@@ -1,6 +1,7 @@
 """A run that hides its clients, with cohorts of one client in the mean, some of them empty; then it goes on."""
 
 import json
+import shutil
 
 from tests.integration.conftest import read_lines, read_summary
 
@@ -28,8 +29,15 @@ def test_a_run_that_hides_its_clients_spends_what_it_may_and_tells_nothing_else(
     assert first["rounds_charged"] == 3
 
     more = fedistill("simulate", "--out", "run", "--resume", "-s", "rounds=4")
-    assert more.returncode == 2  # all of epsilon is spent
-    assert "privacy.epsilon = 8.0" in more.stderr + more.stdout
+    assert more.returncode == 2
+    assert "nothing is left" in more.stderr + more.stdout
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "round-00003")  # as if killed before it was there
+    student = read_summary(tmp_path / "run")["student_sha256"]
+    again = fedistill("simulate", "--out", "run", "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert read_summary(tmp_path / "run")["student_sha256"] == student
+    assert read_summary(tmp_path / "run")["privacy"] == first
 
     assert all(set(line) <= TOLD for line in read_lines(tmp_path / "run"))
     ledger = [json.loads(line) for line in (tmp_path / "run" / "privacy.jsonl").read_text().splitlines()]
