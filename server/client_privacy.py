@@ -70,7 +70,7 @@ class ClientPrivacy:
 
     def __init__(self, config: Config, clients: int, shapes: Shapes) -> None:
         self.config, self.keys, self.clients = config, config.privacy, clients
-        self.expected = config.server.cohort or clients
+        self.expected = min(config.server.cohort or clients, clients)
         self.rate = self.expected / clients
         self.factor = self.expected / (self.keys.noise_cohort or self.expected)
         values = sum(math.prod(shape) for shape in shapes.values())
