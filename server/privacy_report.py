@@ -103,16 +103,15 @@ def _note(privacy: ClientPrivacy) -> str:
     keys = privacy.keys
     what = "students and metrics.jsonl" if keys.scores_share else "students"
     towards = "" if keys.distributed_noise else " but the server"
-    words = [
-        f"holds for the {what}, towards everybody{towards}; cohorts and noise come from the operating system's "
-        "entropy, so the run cannot be reproduced bit for bit"
-    ]
+    words = [f"holds for the {what}, towards everybody{towards}"]
     if keys.noise_cohort:
-        words.insert(
-            0,
+        words = [
             f"simulated: noise and epsilon are those of {privacy.population} clients of which {keys.noise_cohort} are "
-            "in a round on average, and hold for no other federation; the clients of this run are not protected so",
-        )
+            "in a round on average, and hold for no other federation; the clients of this run are not protected so"
+        ]
+    words.append(
+        "cohorts and noise come from the operating system's entropy, so the run cannot be reproduced bit for bit"
+    )
     if not keys.scores_share:
         words.append("the clients' scores are exact and not protected")
     if privacy.noise == 0.0:

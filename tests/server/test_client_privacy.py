@@ -21,11 +21,11 @@ CLIENTS = 20
 SIZES = dict.fromkeys(range(CLIENTS), 9)
 
 
-def privacy(ledger=None, done=0, shapes=SHAPES, **keys):
+def privacy(folder=None, done=0, shapes=SHAPES, **keys):
     given = {"server.cohort": 5, "rounds": 4, "privacy.unit": "client", "privacy.accountant": "rdp", "data.clients": 20}
     found = ClientPrivacy(from_flat(given | {name.replace("__", ".").replace("_", "-"): v for name, v in keys.items()}),
                           CLIENTS, shapes)  # fmt: skip
-    found.begin(done, ledger)
+    found.begin(done, folder)
     return found
 
 
@@ -203,43 +203,47 @@ def test_the_noise_that_is_found_is_the_least_that_is_enough():
             assert (spent([*done, (noise, 1.0, 9)], delta=1e-5, accountant="rdp") <= target) == enough
 
 
-def test_a_run_spends_its_epsilon_and_no_more(tmp_path):
-    mechanism = privacy(Ledger(tmp_path / "privacy.jsonl"), server__cohort=0, privacy__epsilon=2.0)
-    for number in range(1, 5):
+def release(mechanism, *numbers):
+    for number in numbers:
         mechanism.release(number, {"a": np.zeros((3, 2), np.int64)})
+    return mechanism
+
+
+ALL = {"server__cohort": 0, "privacy__epsilon": 2.0}
+
+
+def test_a_run_spends_its_epsilon_and_no_more(tmp_path):
+    mechanism = release(privacy(tmp_path, **ALL), 1, 2, 3, 4)
     assert 1.99 < mechanism.epsilon <= 2.0
+    with pytest.raises(InputError, match=r"privacy.epsilon = 2.0: .* nothing is left"):
+        privacy(tmp_path, done=4, rounds=5, **ALL)
+
+
+def test_a_release_that_no_checkpoint_holds_is_taken_from_disk(tmp_path):
+    first = privacy(tmp_path, **ALL, privacy__adaptive_clip=0.5)
+    told = first.release(1, {"a": np.zeros((3, 2), np.int64), BELOW: np.zeros(1, np.int64)})
+    again = privacy(tmp_path, **ALL, privacy__adaptive_clip=0.5)
+    assert again.noise == first.noise
+    assert again.released_before(1)["a"].tobytes() == told["a"].tobytes()
+    assert again.clip_norm == first.clip_norm != 1.0
+    assert again.released_before(2) is None
+    assert 1.99 < release(again, 2, 3, 4).epsilon <= 2.0
 
 
 def test_a_round_that_is_done_again_is_paid_for_by_the_rounds_to_come(tmp_path):
-    path = tmp_path / "privacy.jsonl"
-    first = privacy(Ledger(path), server__cohort=0, privacy__epsilon=2.0)
-    for number in (1, 2):
-        first.release(number, {"a": np.zeros((3, 2), np.int64)})
-    again = privacy(
-        Ledger(path), done=1, server__cohort=0, privacy__epsilon=2.0
-    )  # killed before round 2 was in a checkpoint
+    first = release(privacy(tmp_path, **ALL), 1, 2)
+    (tmp_path / "released-update.safetensors").unlink()  # killed once round 2 was charged
+    again = privacy(tmp_path, done=1, **ALL)
     assert again.noise > first.noise
-    for number in (2, 3, 4):
-        again.release(number, {"a": np.zeros((3, 2), np.int64)})
-    assert len(Ledger(path).charges) == 5
+    release(again, 2, 3, 4)
+    assert len(again.ledger.charges) == 5
     assert 1.98 < again.epsilon <= 2.0
-    on = privacy(Ledger(path), done=4, server__cohort=0, privacy__epsilon=2.0, rounds=4)
-    assert on.epsilon == again.epsilon
+    assert privacy(tmp_path, done=4, **ALL).epsilon == again.epsilon
 
 
 def test_a_run_that_lost_nothing_goes_on_with_the_same_noise(tmp_path):
-    first = privacy(Ledger(tmp_path / "privacy.jsonl"), server__cohort=0, privacy__epsilon=2.0)
-    first.release(1, {"a": np.zeros((3, 2), np.int64)})
-    assert (
-        privacy(Ledger(tmp_path / "privacy.jsonl"), done=1, server__cohort=0, privacy__epsilon=2.0).noise == first.noise
-    )
-
-
-def test_a_run_that_has_spent_all_says_so():
-    ledger = Ledger()
-    ledger.charge(Charge(1, "update", 0.3, 1.0))
-    with pytest.raises(InputError, match=r"privacy.epsilon = 1.0: .* nothing is left"):
-        privacy(ledger, server__cohort=0, privacy__epsilon=1.0)
+    first = release(privacy(tmp_path, **ALL), 1)
+    assert privacy(tmp_path, done=1, **ALL).noise == first.noise
 
 
 def test_a_line_that_was_never_finished_was_never_released(tmp_path):
