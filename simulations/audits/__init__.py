@@ -1,14 +1,20 @@
 """What leaks from a federation: the attacks that `fedistill audit` runs, one module each."""
 
 from simulations.audits.attack import Attack
+from simulations.audits.fedmia import FedMia
 from simulations.audits.lira import Lira
 from simulations.audits.loss_threshold import LossThreshold
 from simulations.audits.rmia import Rmia
+from simulations.audits.teacher_membership import TeacherMembership
 from simulations.audits.utility import Utility
+from simulations.audits.votes import Votes
 
 ATTACKS: dict[str, type[Attack]] = {
     Utility.name: Utility,
+    TeacherMembership.name: TeacherMembership,
     LossThreshold.name: LossThreshold,
     Lira.name: Lira,
     Rmia.name: Rmia,
+    FedMia.name: FedMia,
+    Votes.name: Votes,
 }
