@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.consensus import ConsensusWorker
 from clients.worker import Worker
 from common.config import Config
 from common.importance import MOST
 from common.inference import predict
+from common.keys import VOTING
 from common.progress import Progress, Silent
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
@@ -50,6 +52,14 @@ class Apprentice(Worker):
         return super()._rows_of(client) if rows is None else rows
 
 
+class Voter(Apprentice, ConsensusWorker):
+    """The same where clients answer with outputs on public text."""
+
+
+def worker_of(config: Config) -> type[Apprentice]:
+    return Voter if config.server.strategy in VOTING else Apprentice
+
+
 def keeping(intake: Intake) -> Intake:
     """The same way of taking replies; each client's own update, where it arrives, is kept."""
     if isinstance(intake, ClippedEach):
@@ -65,18 +75,18 @@ class Laboratory:
     Args:
         config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
         folder: where an attack keeps what it can go on from.
-        worker: a kind of worker whose clients do something of their own.
+        worker: a kind of worker whose clients do something of their own; None: the usual one.
     """
 
     def __init__(
-        self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] = Apprentice
+        self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] | None = None
     ) -> None:
         self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
         if config.student.narrows:
             self._narrow()
         self.start = self.federation.weights()  # of its module, which answers for other weights later
-        self.worker = worker(config, **self._needs())
+        self.worker = (worker or worker_of(config))(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
         self._begin()
 
