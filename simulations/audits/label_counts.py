@@ -62,8 +62,8 @@ class Signals:
 def signals_of(model: Any, examples: Examples, recipe: Recipe, compute: Compute) -> NDArray[np.float64]:
     """(n, outputs) the gradient of each example's loss by its logits."""
     logits = torch.from_numpy(predict(model, examples.data.tokens, examples.rows, compute)).requires_grad_()
-    labels = torch.from_numpy(np.asarray(examples.data.labels[examples.rows]))
-    batch = Batch({}, torch.from_numpy(examples.soft), labels, {}, 0)
+    labels = torch.from_numpy(np.array(examples.data.labels[examples.rows]))
+    batch = Batch({}, torch.from_numpy(examples.soft.copy()), labels, {}, 0)
     zero = logits.new_zeros(())
     soft, hard = output_losses(logits, batch, recipe)
     parts = {**dict.fromkeys(PARTS, zero), "soft": soft, "hard": hard}
@@ -86,7 +86,7 @@ def count_labels(gradient: NDArray[np.float64], examples: int, known: Signals) -
         gradient: (outputs,) the mean over the batch.
     """
     total = np.asarray(gradient, dtype=np.float64) * examples
-    best = _shared_out(known.shares, examples)
+    best = shared_out(known.shares, examples)
     found = _likelihood(best, total, known)
     while True:
         moves = [
@@ -109,7 +109,7 @@ def _moved(counts: NDArray[np.int64], source: int, target: int, size: int) -> ND
     return moved
 
 
-def _shared_out(shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def shared_out(shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """The counts nearest to some shares, by largest remainder."""
     exact = shares / shares.sum() * count
     counts = np.floor(exact).astype(np.int64)
