@@ -4,6 +4,7 @@ state/home.toml             which client this is, its data file, its limits
 state/teachers/HASH/        teachers it was sent, or given with --teacher, by the hash of their weights
 state/cache/                tokenised data, teacher outputs, students, and what it needs from round to round
 state/joined.json           hash of the data that it has joined with
+state/ledger/               what its examples have spent of their privacy, in all runs; see `clients.ledger`
 state/audit.jsonl           what has come and gone, without any content
 """
 
@@ -146,6 +147,7 @@ class Home:
             "dataset": self._dataset(instruction, teacher),
             "student": student,
             "student_hash": student,
+            "ledger": str(self.state / "ledger"),
         }
 
     def _dataset(self, instruction: Instruction, tokenizer: Path) -> str:

@@ -18,11 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from clients.budget import limit_of
+from clients.clipped import clipped
 from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
+from clients.example_privacy import begin_round
+from clients.ledger import Declined, data_hash
 from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
+from common.clipping import BELOW_SHAPE
 from common.compression import Wire, compress, wire_for
 from common.config import Config
 from common.dataset import FederatedDataset, open_dataset, tokenizer_hash
@@ -67,6 +71,7 @@ class Worker:
         teacher, teacher_hash: folder of the shared teacher; its weights are compared with the hash.
         dataset: key of the prepared dataset in this machine's cache.
         student, student_hash: key of the prepared student, likewise.
+        ledger: where its one client's privacy ledger lies; empty: by the clients' data, in the cache.
 
     Raises:
         ValueError: the teacher in the folder, or the student, is another one.
@@ -81,6 +86,7 @@ class Worker:
         dataset: str,
         student: str,
         student_hash: str,
+        ledger: str = "",
     ) -> None:
         torch.set_num_threads(config.runtime.threads)
         self.config = config
@@ -107,7 +113,7 @@ class Worker:
             "compute": self.compute.name,
             **runtime_fingerprint(Path(teacher), config.runtime.threads),
         }
-        self.cache = cache
+        self.cache, self.ledger, self.ledgers = cache, ledger, cache / "ledgers"
         self.outputs = TeacherCache(cache / "teacher-outputs", hash_json(space)[:32], self.data.task.num_labels)
 
     @property
@@ -174,8 +180,9 @@ class Worker:
         tensors = {name: _tensor(array).to(self.compute.device) for name, array in arrays.items()}
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
         received = {tier: self._starting(tier, tensors) for tier in tiers}
-        growing = self.config.client.grow_batch
+        growing, privacy = self.config.client.grow_batch, self.config.privacy
         extra = SQUARES_SHAPE if growing else {}
+        extra |= BELOW_SHAPE if privacy.unit == "client" and privacy.adaptive_clip else {}
         totals = {self._sum(tier): ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"
@@ -185,6 +192,8 @@ class Worker:
             began, tier = time.perf_counter(), int(self.tier_of[client])
             try:
                 update = self._train_one(received[tier], instruction, client, base)
+                if privacy.unit == "client":
+                    update = clipped(update, instruction.clip_norm, adaptive=packed and privacy.adaptive_clip > 0)
                 if packed:
                     squares = squares_of(update.arrays) if growing else {}
                     totals[self._sum(tier)].add(update.arrays | squares, update.weight)
@@ -193,7 +202,8 @@ class Worker:
             except Exception as error:  # whatever one client's data does, the others go on
                 lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
             else:
-                lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **update.losses))
+                told = {**update.losses, **update.spent}
+                lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **told))
             finished(1)
         sums = {name: total.compact for name, total in totals.items()}
         return (sums if packed else groups), lines
@@ -211,7 +221,7 @@ class Worker:
             chosen = [client for client in instruction.clients if self.tier_of[client] == tier]
             length = statistics_length(self.spec)
             student, teacher = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-            for chunk in self._together(chosen, lambda client: len(self.data.shard(client).heldout)):
+            for chunk in self._together(chosen, lambda client: len(self._held_out(client))):
                 try:
                     parts = self._score(chunk, tier)
                 except Exception:  # one of them fails: the others shall not
@@ -249,7 +259,7 @@ class Worker:
     def _score(self, clients: Sequence[int], tier: int) -> list[Scored]:
         """The clients' lines and statistics; a row's output does not depend on the company it is computed in."""
         began = time.perf_counter()
-        shards = [self.data.shard(client).heldout for client in clients]
+        shards = [self._held_out(client) for client in clients]
         rows = np.concatenate(shards)
         logits = predict(self.tiers[tier].model, self.pupil.data.train.tokens, rows, self.compute)
         soft = self.teacher_logits(rows)
@@ -262,6 +272,11 @@ class Worker:
             found.append((ClientLine(client, len(own), each, score=score), student, teacher))
             start += len(own)
         return found
+
+    def _held_out(self, client: int) -> NDArray[np.int64]:
+        """Rows that a client scores: the first of them where its part of the counts has a bound."""
+        keys, rows = self.config.privacy, self.data.shard(client).heldout
+        return rows[: keys.scores_examples] if keys.scores_share else rows
 
     def _score_or_tell(self, client: int, tier: int) -> list[Scored]:
         try:
@@ -295,18 +310,28 @@ class Worker:
         """What a client makes of its tier's tensors; ``base``: the round of its last answer that was taken."""
         tier = int(self.tier_of[client])
         recipe, examples, teacher = self._lesson(instruction, client)
-        return distil(
+        compute, private = self.compute, None
+        spent: dict[str, float | None] = {}
+        if self.config.privacy.unit == "example":
+            # a norm that is rounded as bf16 rounds would be no bound; and what is noised is not clipped once more
+            compute, recipe = replace(compute, bf16=False), replace(recipe, clip_norm=0.0)
+            keys = np.asarray(self.data.train.keys[examples.rows])
+            ledger = Path(self.ledger) if self.ledger else self.ledgers / data_hash(keys)
+            private, spent = begin_round(self.config, instruction, keys, cache=self.cache, ledger=ledger)
+        update = distil(
             self.students[tier],
             received,
             examples,
             recipe=recipe,
-            compute=self.compute,
+            compute=compute,
             seed=self.config.seed,
             who=(instruction.round, client),
             teacher=teacher,
             room=self._room(tier, received, examples, recipe),
+            private=private,
             spent=limit_of(self.config.client, self.config.runtime.threads),
         )
+        return replace(update, spent=spent)
 
     def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
         """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
@@ -379,4 +404,4 @@ def _kind(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE
-    return str(error) if isinstance(error, ClientRefused | MissingState) else type(error).__name__
+    return str(error) if isinstance(error, ClientRefused | MissingState | Declined) else type(error).__name__

@@ -3,6 +3,7 @@
 from typing import Any
 
 from common.keys import ADAPTIVE, AT_CLIENTS, AUTO_BUDGET, FUSED, KEEPING, PUBLIC, ROBUST, VOTING, Keys
+from common.privacy_combinations import check_privacy
 
 
 def check_combinations(config: Keys) -> None:
@@ -12,6 +13,7 @@ def check_combinations(config: Keys) -> None:
         _what_tiers_allow, _general_rounds_come_first, _student_of_its_own,
     ):  # fmt: skip
         check(config)
+    check_privacy(config)
 
 
 def _check_distillation(config: Keys) -> None:

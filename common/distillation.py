@@ -12,7 +12,7 @@ are apart: ``token_budget`` says what the student learns from at once, ``micro_b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,6 +88,16 @@ class Learning:
     seen: int = 0
 
 
+class Private(Protocol):
+    """Steps that hide whether an example is there; nothing is told of their loss."""
+
+    def lots(self, lengths: NDArray[np.int64], epochs: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """The epoch and the places of each step's examples, the shortest first; perhaps none."""
+
+    def set_gradients(self, state: Learning, parts: Sequence[Batch], *, recipe: Recipe, compute: Compute) -> None:
+        """As `set_gradients`."""
+
+
 def begin(
     student: Student, weights: dict[str, Tensor], recipe: Recipe, vocabulary: NDArray[np.int64] | None = None
 ) -> Learning:
@@ -153,18 +163,23 @@ def set_gradients_in(
     recipe: Recipe,
     compute: Compute,
     teacher: Any = None,
+    private: "Private | None" = None,
 ) -> list[Tensor]:
     """`set_gradients` for the examples at some places, the shortest first; in smaller parts when memory runs out.
 
     Args:
         room: see `learn`.
         lengths: word pieces of each of the examples.
+        private: see `learn`.
     """
     while True:
         budget = recipe.micro_budget if room is None else room.pieces
-        cuts = cut(places, lengths, budget) if budget else [places]
+        cuts = cut(places, lengths, budget) if budget or not len(places) else [places]
         parts = [batch_of(examples, part, recipe, compute) for part in cuts]
         try:
+            if private is not None:
+                private.set_gradients(state, parts, recipe=recipe, compute=compute)
+                return []
             return set_gradients(state, parts, recipe=recipe, compute=compute, teacher=teacher)
         except (RuntimeError, MemoryError) as error:
             if room is None or len(parts) == len(places) or not is_out_of_memory(error):
@@ -236,6 +251,7 @@ def learn(
     who: tuple[int, int],
     teacher: Any = None,
     room: Room | None = None,
+    private: Private | None = None,
     advance: Any = lambda amount: None,
     spent: Callable[[], bool] = lambda: False,
 ) -> Learning:
@@ -245,6 +261,7 @@ def learn(
         who: (round, client); with the seed they determine every random choice.
         teacher: the model, for losses on inner states; for general distillation that with the masked-LM head.
         room: takes the place of the recipe's ``micro_budget``, and shrinks when memory runs out.
+        private: takes the place of batches and gradients.
         advance: told how many more examples are done.
         spent: asked after every step whether to stop there.
     """
@@ -256,7 +273,7 @@ def learn(
         (epoch, places)
         for epoch in range(recipe.epochs)
         for places in token_budget_batches(lengths, recipe.token_budget, generator(seed, "batches", *who, epoch))
-    ]
+    ] if private is None else private.lots(lengths, recipe.epochs)  # fmt: skip
     shown, shown_in = examples, -1
     try:
         for number, (epoch, places) in enumerate(batches):
@@ -266,7 +283,7 @@ def learn(
             if examples.masking is not None and epoch != shown_in:
                 shown, shown_in = masked(examples, generator(seed, "masks", *who, epoch)), epoch
             told = set_gradients_in(
-                room, state, shown, places, lengths, recipe=recipe, compute=compute, teacher=teacher
+                room, state, shown, places, lengths, recipe=recipe, compute=compute, teacher=teacher, private=private
             )
             step(state, told, len(places), recipe)
             advance(len(places))

@@ -163,12 +163,19 @@ def objective(parts: Mapping[str, Tensor], batch: Batch, recipe: Recipe, weights
 
 def _outer(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
     """The loss on outputs from its two parts, each (batch,)."""
+    if not recipe.adaptive:
+        return weights["soft"] * soft.mean() + weights["hard"] * hard.mean()
+    return each_loss(soft, hard, batch, recipe, weights).mean()
+
+
+def each_loss(soft: Tensor, hard: Tensor, batch: Batch, recipe: Recipe, weights: Mapping[str, float]) -> Tensor:
+    """(batch,) the loss on outputs of each example, which no other example has a part in; its mean is the batch's."""
     on_soft, on_hard = weights["soft"], weights["hard"]
     if not recipe.adaptive:
-        return on_soft * soft.mean() + on_hard * hard.mean()
+        return on_soft * soft + on_hard * hard
     assert batch.hard is not None
     trust = _trust(batch.soft, batch.hard, recipe)
-    return (on_soft * trust * soft + (on_hard + on_soft * (1.0 - trust)) * hard).mean()
+    return on_soft * trust * soft + (on_hard + on_soft * (1.0 - trust)) * hard
 
 
 def _trust(soft: Tensor, hard: Tensor, recipe: Recipe) -> Tensor:

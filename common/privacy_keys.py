@@ -53,6 +53,9 @@ class PrivacyKeys(Section):
         description="share of epsilon that the clients' scores are noised with; 0: they are exact, and the summary "
         "says that they are not protected",
     )
+    scores_examples: int = Field(
+        16, ge=1, description="with `scores-share`: at most so many held-out examples of a client count, the first ones"
+    )
     secure_aggregation: bool = Field(
         False, description="the server sees the sum of the updates and no client's own; the student is the same"
     )

@@ -24,6 +24,7 @@ MAX_EXAMPLES = 2**31 - 1  # of one client
 LOSSES = (
     "loss", "soft_loss", "hard_loss", "hidden_loss", "cls_loss", "relation_loss", "self_loss", "inner_loss", "mlm_loss",
 )  # fmt: skip
+SPENT = ("epsilon", "lifetime_epsilon")
 MODEL_FILE = re.compile(r"[a-z_]{1,40}\.(json|txt|safetensors|model)")  # a name that a file of a model has
 MAX_HELD = 1000  # hashes of models that a client may say it has
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
@@ -47,6 +48,7 @@ class Instruction:
         dataset: key of the prepared dataset.
         student: key of the prepared student, and the hash of its weights as it was prepared.
         token_budget: padded word pieces per step of training; 0: as the keys say.
+        clip_norm: norm that a client's whole update is scaled down to, and it counts as one; 0: it is not.
         masked: folder of the masked-LM teacher of general rounds, and the hash of its weights; empty: there are none.
         scoreboard: a file to which a finished client adds a byte, for the progress display; may be empty. When
             its folder is there and the file is not, nobody waits for the answer any more.
@@ -66,6 +68,7 @@ class Instruction:
     student: str
     student_hash: str
     token_budget: int = 0
+    clip_norm: float = 0.0
     masked: str = ""
     masked_hash: str = ""
     scoreboard: str = ""
@@ -100,6 +103,8 @@ class ClientLine:
         examples: how many examples it trained on or scored.
         seconds: how long that took.
         loss: mean loss over its steps, and its parts (training only).
+        epsilon, lifetime_epsilon: where its steps were private, what its examples have spent of their privacy by the
+            end of them: in this run, and ever; None: nothing bounds it.
         score: the headline metric on its own held-out data (evaluation only; None when undefined).
         problem: empty, or why it has no part in the sum: a kind, never private text.
     """
@@ -116,6 +121,8 @@ class ClientLine:
     self_loss: float | None = None
     inner_loss: float | None = None
     mlm_loss: float | None = None
+    epsilon: float | None = None
+    lifetime_epsilon: float | None = None
     score: float | None = None
     problem: str = ""
 
@@ -128,7 +135,7 @@ def pack_arrays(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def pack(instruction: Instruction, student: ArrayRecord | None) -> RecordDict:
     """Content of a message to a node."""
     told = asdict(instruction)
-    for name in ("token_budget", "masked", "masked_hash", "task"):
+    for name in ("token_budget", "clip_norm", "masked", "masked_hash", "task"):
         if not told[name]:
             del told[name]
     content = RecordDict({"instruction": ConfigRecord({"json": json.dumps(told)})})
@@ -146,6 +153,8 @@ def unpack_instruction(content: RecordDict) -> Instruction:
         raise WireError("instruction: not one round of feedback for each client")
     if type(instruction.token_budget) is not int or instruction.token_budget < 0:
         raise WireError("instruction: the token budget is not a whole number from 0 up")
+    if not _is_number(instruction.clip_norm) or instruction.clip_norm < 0:
+        raise WireError("instruction: the clip norm is not a number from 0 up")
     if not re.fullmatch("[0-9a-f]{16}", instruction.run):  # it names a folder
         raise WireError("instruction: the run's id is not 16 hexadecimal digits")
     return instruction
@@ -416,6 +425,10 @@ def _check_line(line: ClientLine) -> None:
         value = getattr(line, name)
         if value is not None and not _is_number(value):
             raise WireError(f"{where}: {name} is not a number")
+    for name in SPENT:
+        value = getattr(line, name)
+        if value is not None and not (_is_number(value) and value >= 0):
+            raise WireError(f"{where}: {name} is not a number from 0 up")
 
 
 def _is_number(value: Any) -> bool:

@@ -116,5 +116,6 @@ class EdgeExchange(Exchange):
             student="",
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
+            clip_norm=self.clip_norm,
             task=task_text(self.data.task),
         )

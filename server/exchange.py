@@ -118,6 +118,7 @@ class Exchange:
         self.sizes = {int(client): int(self.data.train_sizes[client]) for client in self.data.eligible}
         self.feedback: dict[int, int] = {}  # client -> round of its last accepted lossy update
         self.token_budget = 0  # of training; 0: as the keys say
+        self.clip_norm = 0.0  # of updates; 0: none
         self.speeds: dict[int, float] = {}
         self.misses: dict[int, int] = {}
         self.suspects: set[tuple[str, int]] = set()  # kind of message and client: lost when it was last tried
@@ -387,6 +388,7 @@ class Exchange:
             student=self.federation.pupil.key,
             student_hash=self.federation.pupil.hash,
             token_budget=self.token_budget,
+            clip_norm=self.clip_norm,
             masked="" if masked is None else str(masked.folder.resolve()),
             masked_hash="" if masked is None else masked.hash,
             scoreboard=str(self._scoreboard),

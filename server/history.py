@@ -15,6 +15,7 @@ from common.hashing import hash_tensors
 from common.models import count_parameters
 from common.slim import Shape
 from server.preparation import Federation
+from server.privacy_report import privacy_block
 from server.scoring import tier_rows
 
 PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "datasets", "flwr-datasets", "numpy")
@@ -25,12 +26,13 @@ class History:
     """Sums over the rounds and the latest scores.
 
     Attributes:
-        losses: mean loss of the last round and its parts.
+        losses: mean loss of the last round and its parts; empty where clients do not tell.
         retried: clients that were lost at first and answered from another node.
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.
         validation: the student's scores on the public validation split after the last round.
         tier_student, tier_teacher, tier_validation: the same of each tier, the smallest first.
+        privacy: what the run has spent and on what, see `server.privacy_report`; empty: nothing is protected.
     """
 
     rounds: int = 0
@@ -51,6 +53,7 @@ class History:
     tier_student: list[dict[str, float]] = field(default_factory=list)
     tier_teacher: list[dict[str, float]] = field(default_factory=list)
     tier_validation: list[dict[str, float]] = field(default_factory=list)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def retention(student: dict[str, float], teacher: dict[str, float], metric: str) -> float:
@@ -92,8 +95,6 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "federated": history.student,
         "validation": history.validation,
     }
-    # the sum is not masked or noised here: nothing is claimed
-    privacy = {"unit": "none", "epsilon": None, "delta": None, "accountant": None}
     return {
         "status": status,
         "task": data.task.name,
@@ -111,7 +112,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
             "validation": retention(history.validation, federation.lesson.validation, metric),
         },
         "spread": history.spread,
-        "privacy": privacy,
+        "privacy": privacy_block(federation, history),
         "cost": _cost(history, history.seconds + seconds),
         "faults": {
             "failed": history.failed,

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from common.compression import wire_for
 from common.progress import Progress
+from server.client_privacy import ClientPrivacy
+from server.clipped import clipped_intake
 from server.intake import Intake, intake_for
 from server.preparation import Federation
 from server.rules import SERVER_RULES, MeanUpdate, fedavg
@@ -27,6 +29,9 @@ class Averaging:
     Args:
         tick: called often while the server itself is at work; may raise to stop.
         tell: writes a line into the run's metrics.
+
+    Attributes:
+        privacy: what hides a client's presence, where something does; its ``begin`` is the caller's.
     """
 
     def __init__(
@@ -34,6 +39,9 @@ class Averaging:
     ) -> None:
         self.federation, self.config = federation, federation.config
         self.progress, self.tick, self.tell = progress, tick, tell
+        self.privacy: ClientPrivacy | None = None
+        if self.config.privacy.unit == "client":
+            self.privacy = ClientPrivacy(self.config, federation.data.clients, federation.final_shapes())
 
     def sends(self, kind: str, number: int, weights: Weights, memory: Memory) -> Mapping[str, NDArray[Any]]:
         """The arrays that clients get with a question of this kind."""
@@ -45,6 +53,8 @@ class Averaging:
         if len(federation.tiers) > 1:
             return TieredSum(federation.tiers, federation.tier_of, sizes)
         shapes, wire = federation.tiers.shapes, wire_for(keys, number, self.config.rounds)
+        if self.privacy is not None:
+            return clipped_intake(self.privacy, shapes, sizes, number)
         return intake_for(keys, wire, shapes, sizes, squares=self.config.client.grow_batch)
 
     def step(self, number: int, weights: Weights, update: MeanUpdate, intake: Intake, memory: Memory) -> Weights:

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.store import write_atomically
+from server.privacy_report import privacy_words
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --paper: #ffffff; --line: #d5dae3; --soft: #5a6577; }
@@ -97,6 +98,8 @@ def _scores_table(summary: dict[str, Any]) -> str:
     rows.append(("parameters", f"{summary['teacher']['params']:,}", f"{summary['student']['params']:,}"))
     cost = summary["cost"]
     rows.append(("training, examples per second", "", f"{cost['examples_per_s']:.0f}"))
+    if summary["privacy"]["unit"] != "none":
+        rows.append(("privacy", "", privacy_words(summary["privacy"])))
     rows.append(("bytes down, up", "", f"{cost['bytes_down'] / 1e6:.1f} MB, {cost['bytes_up'] / 1e6:.1f} MB"))
     rows.append(("lost: " + ", ".join(summary["faults"]), "", ", ".join(str(n) for n in summary["faults"].values())))
     return _table(("", "teacher", "student"), rows)
@@ -125,7 +128,7 @@ def _rounds_table(lines: list[dict[str, Any]], costs: list[dict[str, Any]], summ
             (
                 str(number),
                 str(train[number]["clients"]),
-                _number(train[number]["loss"]),
+                _number(train[number].get("loss")),
                 _number(scored.get(number, {}).get("student", {}).get(metric)),
                 _number(spread.get("worst_decile")),
                 _number(spread.get("std")),

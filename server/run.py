@@ -49,6 +49,7 @@ def run_federation(
         raise RunFailed(f"{error.filename or folder.path}: {error.strerror}") from error
     finally:
         strategy.put_weights_into_student()
+        strategy.tell_privacy()
         summary = summarise(federation, strategy.history, status, folder.seconds)
         with suppress(OSError) if status == "failed" else nullcontext():  # a full disk has no room for it either
             folder.save_summary(summary)

@@ -24,11 +24,12 @@ from common.keys import KEEPING, PUBLIC
 from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress
-from common.wire import LOSSES, ClientLine, unpack_lines, unpack_sums
+from common.wire import LOSSES, SPENT, ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
+from server.client_privacy import ClientPrivacy
 from server.consensus import Consensus
 from server.edge_exchange import EdgeExchange
 from server.exchange import NAMES, Exchange, StreamingGrid
@@ -36,9 +37,12 @@ from server.feddf import FedDF
 from server.growth import Growth
 from server.history import History, client_spread, retention
 from server.intake import Intake, Summed
+from server.ledger import LEDGER, Ledger
 from server.method import Averaging
+from server.noised_scores import NoisedScores, check_counts
 from server.phase import Phase
 from server.preparation import Federation
+from server.privacy_report import spending, spending_of_examples, told
 from server.run_folder import RunFolder
 from server.scoring import TieredScores, tier_rows
 from server.student import Width, choose_width, narrow_student, random_width
@@ -75,6 +79,7 @@ class FederatedDistillation(Strategy):
         self.continued = False  # from a checkpoint, perhaps the one before round 1
         self.done = 0  # rounds that this checkpoint holds
         self.cohort: tuple[int, ...] = ()
+        self.everyone = False  # of the open scoring phase
         self.taught: set[int] = set()
         self.width: Width | None = None  # heads and neurons that were kept; None: all
         keys = self.config.client
@@ -86,6 +91,8 @@ class FederatedDistillation(Strategy):
         self.method = method(federation, progress, self.exchange.tick, folder.add_line)
         if folder.resumed:
             self._continue()
+        if self.method.privacy is not None:
+            self._begin_privacy(self.method.privacy)
 
     def run(self, grid: Grid) -> None:
         """All rounds that are left.
@@ -143,8 +150,13 @@ class FederatedDistillation(Strategy):
         number, keys = self.done + server_round, self.config.server
         federation = self.federation
         ready = federation.able if self.config.student.tier_mode == "exclusive" else self.data.eligible
-        self.cohort = pick_cohort(ready, keys.cohort, self.config.seed, number, keys.over_select)
-        goal = min(keys.cohort or len(self.cohort), len(self.cohort))
+        if self.method.privacy is not None:
+            self.cohort = self.method.privacy.cohort(ready)
+            self.exchange.clip_norm = self.method.privacy.clip_norm
+            goal = len(self.cohort)
+        else:
+            self.cohort = pick_cohort(ready, keys.cohort, self.config.seed, number, keys.over_select)
+            goal = min(keys.cohort or len(self.cohort), len(self.cohort))
         self._teach(number, self.cohort, grid)
         self.grid = grid
         return self._ask("train", number, self.cohort, grid, goal=goal)
@@ -158,7 +170,8 @@ class FederatedDistillation(Strategy):
         intake = self.method.intake(number, self.weights, sizes)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         try:
-            self._check_losses(phase)
+            if self.method.privacy is None:  # else a client that is lost counts as one with nothing to say
+                self._check_losses(phase)
             update = intake.update()
             phase.ended = time.monotonic()  # training ends when the mean update is there
         except ValueError as error:
@@ -180,21 +193,54 @@ class FederatedDistillation(Strategy):
     ) -> Iterable[Message]:
         number = self.done + server_round
         scored, last = self.config.server.scores, number == self.config.rounds
-        everyone = scored == "all" or (scored == "final" and last)
-        clients = tuple(self.exchange.sizes) if everyone else self.cohort
+        self.everyone = scored == "all" or (scored == "final" and last)
+        clients = tuple(self.exchange.sizes) if self.everyone else self.cohort
+        if self.method.privacy is not None and self.config.privacy.scores_share and not self.everyone:
+            clients = self.method.privacy.cohort(
+                self.data.eligible
+            )  # costs add up for draws that know nothing of others
         self._teach(number, clients, grid)
         return self._ask("evaluate", number, clients, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        intake = TieredScores(self.data, self.federation.tier_of, len(self.federation.tiers))
+        intake = self._scores_intake(self.done + server_round)
         phase = self.exchange.collect(self.grid, replies, intake.take)
         self._count(phase)
-        self._check_losses(phase)
+        if self.scores_are_exact:
+            self._check_losses(phase)
         self._record_scores(phase, intake)
         return None
 
     def summary(self) -> None:
         """Flower asks for a log line here; config.toml says it all."""
+
+    # --- privacy of clients ---------------------------------------------------------------------
+
+    def _begin_privacy(self, privacy: ClientPrivacy) -> None:
+        """Take up what the run has spent, and say what it will spend."""
+        ledger, clip_norm = Ledger(self.folder.path / LEDGER), privacy.clip_norm
+        if self.done > len({charge.round for charge in ledger.charges if charge.what == "update"}):
+            raise InputError(f"{ledger.path}: {self.done} rounds were released, and it does not say so; put it back")
+        if share := self.config.privacy.scores_share:
+            check_counts(self.data.task.score_spec, share)
+        privacy.begin(self.done, ledger)
+        privacy.clip_norm = clip_norm  # a checkpoint's
+        for line in told(privacy, self.done):
+            self.progress.line(line)
+
+    def tell_privacy(self) -> None:
+        """Bring the history up to what was spent."""
+        if self.method.privacy is not None:
+            self.history.privacy = spending(self.method.privacy)
+
+    @property
+    def scores_are_exact(self) -> bool:
+        return self.method.privacy is None or not self.config.privacy.scores_share
+
+    def _scores_intake(self, number: int) -> TieredScores:
+        if self.method.privacy is None or self.scores_are_exact:
+            return TieredScores(self.data, self.federation.tier_of, len(self.federation.tiers))
+        return NoisedScores(self.data, self.method.privacy, number, everyone=self.everyone)
 
     # --- parts of a round -----------------------------------------------------------------------
 
@@ -232,7 +278,8 @@ class FederatedDistillation(Strategy):
         phase = self.exchange.collect(grid, replies, _take_lines)
         self._count(phase)
         self.taught.update(phase.accepted)
-        self.folder.add_line({"round": number, "phase": "teach", "clients": len(new), **phase.faults()})
+        if self.method.privacy is None:  # else nobody is told who is in a cohort
+            self.folder.add_line({"round": number, "phase": "teach", "clients": len(new), **phase.faults()})
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
@@ -272,6 +319,7 @@ class FederatedDistillation(Strategy):
             "journals": self.folder.lengths(),
             "width": self.width,
             "growth": None if self.growth is None else asdict(self.growth),
+            "clip_norm": None if self.method.privacy is None else self.method.privacy.clip_norm,
             **self._identity(),
         }
         checkpoint = Checkpoint(number, self.weights, self.optimizer, state)
@@ -302,6 +350,8 @@ class FederatedDistillation(Strategy):
         if self.growth is not None:
             self.growth = Growth(**found.state["growth"])
             self.exchange.token_budget = self.growth.budget
+        if self.method.privacy is not None:
+            self.method.privacy.clip_norm = found.state["clip_norm"]
         self.folder.cut_back(found.state["journals"])
         self.progress.line(f"continues after round {self.done}")
 
@@ -357,11 +407,19 @@ class FederatedDistillation(Strategy):
         history.rounds = phase.round
         history.examples += intake.examples * self.config.client.epochs
         history.train_seconds += phase.seconds
-        history.losses = {
-            name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
-            for name in LOSSES
-        }
+        if self.method.privacy is not None:  # what is not noised is not told
+            told = {"clip_norm": self.exchange.clip_norm, "noise_multiplier": self.method.privacy.noise}
+            self.folder.add_line({"round": phase.round, "phase": "train", **told})
+            return
         line = {"round": phase.round, "phase": "train", "clients": len(lines), "examples": intake.examples}
+        if self.config.privacy.unit == "example":  # losses are of private examples, and have no noise
+            history.privacy = spending_of_examples(self.config.privacy, history.privacy, lines)
+            line |= {name: history.privacy[name] for name in SPENT}
+        else:
+            history.losses = {
+                name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples
+                for name in LOSSES
+            }
         self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
 
     def _record_scores(self, phase: Phase, found: TieredScores) -> None:
@@ -370,11 +428,13 @@ class FederatedDistillation(Strategy):
         history.teacher = scores(spec, found.together("teacher"))
         history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
         history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
-        history.spread = client_spread([line.score for line in found.lines])
+        history.spread = client_spread([line.score for line in found.lines]) if self.scores_are_exact else {}
         share = retention(history.student, history.teacher, self.data.task.headline)
-        line = {"round": phase.round, "phase": "evaluate", "clients": len(found.lines)}
-        line |= {"student": history.student, "teacher": history.teacher, "retention": share, "spread": history.spread}
-        self.folder.add_line({**line, **self._by_tier("federated", history.tier_student), **phase.faults()})
+        line: dict[str, Any] = {"round": phase.round, "phase": "evaluate"}
+        line |= {"student": history.student, "teacher": history.teacher, "retention": share}
+        if self.method.privacy is None:
+            line |= {"clients": len(found.lines), "spread": history.spread, **phase.faults()}
+        self.folder.add_line({**line, **self._by_tier("federated", history.tier_student)})
 
     def _by_tier(self, where: str, found: list[dict[str, float]]) -> dict[str, Any]:
         """The part of a metrics line that only runs with tiers have."""

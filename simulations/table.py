@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from server.privacy_report import privacy_words
+
 Row = tuple[str, ...]
 NAME_WIDTH = 12  # characters that the first column keeps in a narrow terminal
 
@@ -89,6 +91,8 @@ def result_table(summary: dict[str, Any]) -> Table:
         ("training", "", f"{cost['train_s']:.0f} s", f"{cost['examples_per_s']:.0f} examples/s"),
         ("bytes", "", f"{cost['bytes_down'] / 1e6:.0f} MB down", f"{cost['bytes_up'] / 1e6:.0f} MB up"),
     ]
+    if summary["privacy"]["unit"] != "none":
+        costs.append(("privacy", "", privacy_words(summary["privacy"]), ""))
     faults = {name: count for name, count in summary["faults"].items() if count}
     if faults:
         costs.append(("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), ""))
