@@ -1,6 +1,7 @@
 """What leaks from a federation: the attacks that `fedistill audit` runs, one module each."""
 
 from simulations.audits.attack import Attack
+from simulations.audits.inversion import Inversion
 from simulations.audits.lira import Lira
 from simulations.audits.loss_threshold import LossThreshold
 from simulations.audits.rmia import Rmia
@@ -11,4 +12,5 @@ ATTACKS: dict[str, type[Attack]] = {
     LossThreshold.name: LossThreshold,
     Lira.name: Lira,
     Rmia.name: Rmia,
+    Inversion.name: Inversion,
 }

@@ -6,7 +6,8 @@
     span      pieces in the span of the first layer's gradients, see `span`   recall of different pieces
     tag, lamp texts whose gradient is like the client's, see `matching`       ROUGE-L
 
-Each is tried in settings that differ from one step of SGD on one example (FedSGD, the server's best case) in one thing
+As the federation is configured, rows is tried on round 1, by the server and by whoever sees the student that is released
+(`as_configured`). With ``grid`` each attack is tried in settings that differ from one step of SGD on one example (FedSGD, the server's best case) in one thing
 or two: more examples, more steps, AdamW, frozen embeddings, bfloat16, clipping, noise, a sum of several clients. A figure
 is the mean over victims. Its chance is what a guess from public text alone reaches, see `reconstruction`; an attack that
 finds nothing answers with that guess.
@@ -28,6 +29,7 @@ from common.errors import InputError
 from common.objective import Examples
 from common.progress import Progress
 from common.seeding import generator
+from simulations.audits.as_configured import pieces_of_clients
 from simulations.audits.attack import Row
 from simulations.audits.embedding_rows import found_pieces, longest_text
 from simulations.audits.label_counts import Signals, count_labels, head_bias, label_error, shared_out, signals_of
@@ -68,6 +70,7 @@ GRID = (
 )
 MATCHED = (Setting(embeddings="frozen"), Setting(), Setting(embeddings="frozen", optimizer="adamw"), GRID[10])
 
+SHOWN = ("private", "recovered")  # texts, with `Inversion.show` alone
 Found = dict[str, Any]
 
 
@@ -76,7 +79,8 @@ class Inversion:
     """Attacks on single updates.
 
     Attributes:
-        methods: comma between; all: every one.
+        grid: try all attacks in all settings as well; these are the same whatever defences are configured.
+        methods: of the grid, comma between; all: every one.
         victims: clients that are attacked in each setting.
         matched: victims of tag and lamp, which take long; they are tried in the settings of `MATCHED`.
         steps: of their search.
@@ -88,6 +92,7 @@ class Inversion:
     name: ClassVar[str] = "inversion"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.15586"
 
+    grid: bool = False
     methods: str = "all"
     victims: int = 3
     matched: int = 1
@@ -100,13 +105,14 @@ class Inversion:
         """A row for each method and setting."""
         methods = self._methods()
         bench = Bench(self, lab)
+        yield from bench.configured()
         work = [
             (method, setting)
-            for setting in GRID
+            for setting in GRID * self.grid
             for method in methods
             if method not in MATCHING or (setting in MATCHED and self.matched)
         ]
-        if self.show:
+        if self.show and self.grid:
             progress.line("inversion.show: the rows hold private text")
         rows: list[Row] = []
         with progress.step("inversion", len(work)) as step:
@@ -117,7 +123,7 @@ class Inversion:
                 rows.append(row)
                 yield row
                 step.advance()
-        for line in verdicts(rows):
+        for line in verdicts(rows) if rows else ():
             progress.line(line)
 
     def _methods(self) -> list[str]:
@@ -146,6 +152,19 @@ class Bench:
         self.judge = Judge(self.victims.tokenizer, self.victims.special, self.victims.tokens, self.public)
         self.ordinary = np.setdiff1d(np.arange(len(self.victims.tokenizer)), self.victims.special)
         self.longest = int(self.victims.tokens.lengths(self.public).max())
+
+    def configured(self) -> Iterator[Row]:
+        """Rows of the federation as it is configured."""
+        kind = "trained" if self.lab.config.student.train_embeddings else "frozen"
+        model = self.victims.students[kind].model
+        for who, found in pieces_of_clients(self.lab, model, self.judge, self.victims.special, self.options.victims):
+            yield {
+                "variant": f"rows: {who}",
+                **summed(found, "set_recall", "recall of pieces"),
+                "method": "rows",
+                "setting": "as configured",
+                "embeddings": kind,
+            }
 
     @cached_property
     def prior(self) -> Bigrams:
@@ -177,7 +196,7 @@ class Bench:
         else:
             figures = self.judge.of_texts(texts, truth)
         if self.options.show:
-            figures |= {"private": _shown(self.judge, truth), "recovered": _shown(self.judge, texts)}
+            figures = figures | {"private": _shown(self.judge, truth), "recovered": _shown(self.judge, texts)}
         return figures
 
     def _rows(self, method: str, seen: Seen, truth: Any) -> list[list[int]] | None:
@@ -230,21 +249,11 @@ class Bench:
 
 
 def summed_up(method: str, setting: Setting, found: Sequence[Found]) -> Row:
-    """A row of the means over victims; the interval is Student's t."""
+    """A row of the means over victims."""
     measure, wanted = MEASURES[method]
-    names = [name for name in found[0] if name not in ("private", "recovered", "nothing")]
-    means: dict[str, Any] = {
-        name: float(np.mean([one[name] for one in found if name in one])) if found[0][name] is not None else None
-        for name in names
-    }
-    low, high = interval([one.get(wanted) for one in found])
     row: Row = {
         "variant": f"{method}: {setting}",
-        "measure": measure,
-        "success": means.get(wanted),
-        "low": low,
-        "high": high,
-        "chance": means.get(f"guess_{wanted}"),
+        **summed(found, wanted, measure),
         "method": method,
         "setting": str(setting),
         "examples": setting.examples,
@@ -255,19 +264,25 @@ def summed_up(method: str, setting: Setting, found: Sequence[Found]) -> Row:
         "clip": setting.clip,
         "noise": setting.noise,
         "cohort": setting.cohort,
-        "victims": len(found),
-        "nothing": float(np.mean([one.get("nothing", 0.0) for one in found])),
-        **{name: value for name, value in means.items() if name not in (wanted, f"guess_{wanted}")},
     }
-    for name in ("private", "recovered"):
-        if name in found[0]:
+    for name in SHOWN:
+        if any(name in one for one in found):
             row[name] = "\n".join(str(one.get(name, "")) for one in found)
     return row
 
 
-def interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+def summed(found: Sequence[Found], wanted: str, measure: str) -> Row:
+    """Means over victims of all figures; the ``wanted`` one as success, with its chance and interval."""
+    names = dict.fromkeys(name for one in found for name in one if name not in SHOWN)
+    values = {name: [one[name] for one in found if one.get(name) is not None] for name in names}
+    means: Row = {name: float(np.mean(each)) if each else None for name, each in values.items()}
+    low, high = interval(values.get(wanted, []))
+    told: Row = {"measure": measure, "success": means.pop(wanted, None), "low": low, "high": high}
+    return {**told, "chance": means.pop(f"guess_{wanted}", None), "victims": len(found), **means}
+
+
+def interval(numbers: Sequence[float]) -> tuple[float | None, float | None]:
     """The 95 % interval of a mean of shares by Student's t, within 0 and 1; of one value there is none."""
-    numbers = [value for value in values if value is not None]
     if len(numbers) < 2:
         return None, None
     half = stats.t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / len(numbers) ** 0.5
