@@ -6,24 +6,24 @@
     span      pieces in the span of the first layer's gradients, see `span`   recall of different pieces
     tag, lamp texts whose gradient is like the client's, see `matching`       ROUGE-L
 
-As the federation is configured, rows is tried on round 1, by the server and by whoever sees the student that is released
-(`as_configured`). With ``grid`` each attack is tried in settings that differ from one step of SGD on one example (FedSGD, the server's best case) in one thing
-or two: more examples, more steps, AdamW, frozen embeddings, bfloat16, clipping, noise, a sum of several clients. A figure
-is the mean over victims. Its chance is what a guess from public text alone reaches, see `reconstruction`; an attack that
-finds nothing answers with that guess.
+As the federation is configured, rows is tried on round 1: by the server, and by whoever sees the student that is
+released (`as_configured`). With ``grid`` each attack is tried in settings that differ from one step of SGD on one
+example (FedSGD, the server's best case) in one thing or two: more examples, more steps, AdamW, frozen embeddings,
+bfloat16, clipping, noise, a sum of several clients. A figure is the mean over victims. Its chance is what a guess from
+public text alone reaches, see `reconstruction`; an attack that finds nothing answers with that guess.
 
 Papers: https://arxiv.org/abs/2205.08514 (rows), https://arxiv.org/abs/2105.09369 (labels),
-https://arxiv.org/abs/2405.15586 (span), https://arxiv.org/abs/2103.06819 (tag), https://arxiv.org/abs/2202.08827 (lamp).
+https://arxiv.org/abs/2405.15586 (span), https://arxiv.org/abs/2103.06819 (tag) and https://arxiv.org/abs/2202.08827
+(lamp).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from common.errors import InputError
 from common.objective import Examples
@@ -32,6 +32,7 @@ from common.seeding import generator
 from simulations.audits.as_configured import pieces_of_clients
 from simulations.audits.attack import Row
 from simulations.audits.embedding_rows import found_pieces, longest_text
+from simulations.audits.inversion_table import MEASURES, Found, summed, summed_up, verdicts
 from simulations.audits.label_counts import Signals, count_labels, head_bias, label_error, shared_out, signals_of
 from simulations.audits.language import Bigrams
 from simulations.audits.matching import Match, ends_of, search
@@ -40,14 +41,6 @@ from simulations.audits.span import distances, pieces_in, span_of, text_in
 from simulations.audits.victim import Seen, Setting, Victims
 from simulations.laboratory import Laboratory
 
-MEASURES = {
-    "rows": ("recall of pieces", "set_recall"),
-    "longest": ("longest length right", "right"),
-    "labels": ("labels counted right", "right"),
-    "span": ("recall of pieces", "set_recall"),
-    "tag": ("ROUGE-L", "rougeL"),
-    "lamp": ("ROUGE-L", "rougeL"),
-}
 MATCHING = ("tag", "lamp")
 SAMPLE = 512  # public examples that the head's signals are learnt from
 GRID = (
@@ -69,9 +62,6 @@ GRID = (
     Setting(cohort=4, clip=0.1, noise=1.0),
 )
 MATCHED = (Setting(embeddings="frozen"), Setting(), Setting(embeddings="frozen", optimizer="adamw"), GRID[10])
-
-SHOWN = ("private", "recovered")  # texts, with `Inversion.show` alone
-Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -246,68 +236,6 @@ class Bench:
         found = count_labels(seen.gradient(bias).numpy(), len(rows), known)
         guess = shared_out(known.shares, len(rows))
         return {"right": 1.0 - label_error(found, truth), "guess_right": 1.0 - label_error(guess, truth)}
-
-
-def summed_up(method: str, setting: Setting, found: Sequence[Found]) -> Row:
-    """A row of the means over victims."""
-    measure, wanted = MEASURES[method]
-    row: Row = {
-        "variant": f"{method}: {setting}",
-        **summed(found, wanted, measure),
-        "method": method,
-        "setting": str(setting),
-        "examples": setting.examples,
-        "local_steps": setting.steps,
-        "optimizer": setting.optimizer,
-        "embeddings": setting.embeddings,
-        "precision": setting.precision,
-        "clip": setting.clip,
-        "noise": setting.noise,
-        "cohort": setting.cohort,
-    }
-    for name in SHOWN:
-        if any(name in one for one in found):
-            row[name] = "\n".join(str(one.get(name, "")) for one in found)
-    return row
-
-
-def summed(found: Sequence[Found], wanted: str, measure: str) -> Row:
-    """Means over victims of all figures; the ``wanted`` one as success, with its chance and interval."""
-    names = dict.fromkeys(name for one in found for name in one if name not in SHOWN)
-    values = {name: [one[name] for one in found if one.get(name) is not None] for name in names}
-    means: Row = {name: float(np.mean(each)) if each else None for name, each in values.items()}
-    low, high = interval(values.get(wanted, []))
-    told: Row = {"measure": measure, "success": means.pop(wanted, None), "low": low, "high": high}
-    return {**told, "chance": means.pop(f"guess_{wanted}", None), "victims": len(found), **means}
-
-
-def interval(numbers: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % interval of a mean of shares by Student's t, within 0 and 1; of one value there is none."""
-    if len(numbers) < 2:
-        return None, None
-    half = stats.t.ppf(0.975, len(numbers) - 1) * np.std(numbers, ddof=1) / len(numbers) ** 0.5
-    mean = float(np.mean(numbers))
-    return max(mean - float(half), 0.0), min(mean + float(half), 1.0)
-
-
-def verdicts(rows: Iterable[Row]) -> list[str]:
-    """Which defence stops which attack: a line a setting, of each method the success in per cent.
-
-    In brackets where no more than chance was reached, and the attack so stopped; a dash where it was not tried.
-    """
-    table: dict[str, dict[str, str]] = {}
-    methods: dict[str, None] = {}
-    for row in rows:
-        success, chance = row["success"], row["chance"]
-        text = "-"
-        if isinstance(success, float) and isinstance(chance, float):
-            text = f"{100 * success:.0f}" if success > chance + 1e-9 else f"({100 * success:.0f})"
-        table.setdefault(str(row["setting"]), {})[str(row["method"])] = text
-        methods[str(row["method"])] = None
-    lines = [f"{'':36}" + "".join(f"{method:>7}" for method in methods)]
-    for setting, cells in table.items():
-        lines.append(f"{setting:36.36}" + "".join(f"{cells.get(method, '-'):>7}" for method in methods))
-    return lines
 
 
 def _shown(judge: Judge, texts: Sequence[Sequence[int]]) -> str:

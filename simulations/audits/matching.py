@@ -9,8 +9,8 @@ Word vectors x of a text are moved by Adam until the gradient g(x) that they mak
          with the least loss + l * surprise under a language prior is taken over
 
 and each vector becomes the piece that it points to. As in both papers the length is known, and so are the special
-pieces at both ends. The gradient by the logits, which all losses on outputs end in, need not be guessed with the labels:
-of one text it is the gradient of the head's bias; of several it is searched along with x.
+pieces at both ends. The gradient by the logits, which all losses on outputs end in, need not be guessed with the
+labels: of one text it is the gradient of the head's bias; of several it is searched along with x.
 
 Here each array counts the same in TAG's sum, as a share of g*: their sizes differ more in a classifier than in a
 language model. The prior of LAMP is bigrams of the public text.

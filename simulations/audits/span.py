@@ -19,7 +19,7 @@ AdamW, whose signs have full rank; noise, which hides all directions of less tha
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,8 @@ def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute) -> Tensor:
     found: list[Tensor] = []
     model.eval()
     with _stopping(model, layer, found), compute.autocast():
-        try:
+        with suppress(_Read):
             model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
-        except _Read:
-            pass
     return found[0].to(torch.bfloat16).float() if compute.bf16 else found[0]
 
 
