@@ -103,9 +103,8 @@ def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute) -> Tensor:
     """(texts, length, width) what the products of a layer read of texts of these pieces, (texts, length)."""
     found: list[Tensor] = []
     model.eval()
-    with _stopping(model, layer, found), compute.autocast():
-        with suppress(_Read):
-            model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
+    with _stopping(model, layer, found), compute.autocast(), suppress(_Read):
+        model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
     return found[0].to(torch.bfloat16).float() if compute.bf16 else found[0]
 
 

@@ -215,8 +215,8 @@ def clip_and_noise(
         for name, array in update.items():
             total[name] += array * factor
     deviation = multiplier * clip / len(updates)
-    for name in total:
-        total[name] /= len(updates)
-        if deviation > 0:
-            total[name] += rng.standard_normal(total[name].shape, dtype=np.float32) * np.float32(deviation)
-    return total, deviation
+    mean = {name: array / np.float32(len(updates)) for name, array in total.items()}
+    if deviation > 0:
+        for array in mean.values():
+            array += rng.standard_normal(array.shape, dtype=np.float32) * np.float32(deviation)  # noqa: PLW2901
+    return mean, deviation
