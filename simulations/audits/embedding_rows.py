@@ -52,7 +52,7 @@ def _across(update: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray
 def words_of(model: Any) -> str:
     """Name of the word embedding's weight."""
     table = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is table)
+    return str(next(name for name, parameter in model.named_parameters() if parameter is table))
 
 
 def _named(update: Mapping[str, Any], ends: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ The loss is the client's own, soft targets included: the server has the teacher.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ def shared_out(shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     exact = shares / shares.sum() * count
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact)[: count - int(counts.sum())]] += 1
-    return counts
+    return np.asarray(counts)
 
 
 def _likelihood(counts: NDArray[np.int64], total: NDArray[np.float64], known: Signals) -> float:
@@ -126,6 +126,6 @@ def _likelihood(counts: NDArray[np.int64], total: NDArray[np.float64], known: Si
     return float(-0.5 * (left @ np.linalg.solve(spread, left) + size) + drawn)
 
 
-def label_error(found: Sequence[int], truth: Sequence[int]) -> float:
+def label_error(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
     """Share of the examples that the counts put into a wrong class."""
-    return float(np.abs(np.asarray(found) - np.asarray(truth)).sum() / 2 / max(int(np.sum(truth)), 1))
+    return float(np.abs(found - truth).sum() / 2 / max(int(truth.sum()), 1))

@@ -68,7 +68,7 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     """
     parts, squares = [], []
     for path in family_of(seen.model).heads:
-        product = layers_of(seen.model)[layer].get_submodule(path)
+        product: Any = layers_of(seen.model)[layer].get_submodule(path)
         name = next(name for name, parameter in seen.model.named_parameters() if parameter is product.weight)
         if name not in seen.update:
             return None
@@ -126,4 +126,4 @@ def text_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance:
 
 def pieces_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
     """The pieces of a batch: those that are inside the span at some place."""
-    return pieces[distance.min(axis=1) < tolerance]
+    return np.asarray(pieces[distance.min(axis=1) < tolerance])

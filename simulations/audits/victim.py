@@ -103,7 +103,8 @@ class Seen:
         """
         kept = (1.0 - self.recipe.lr * self.recipe.weight_decay) ** self.steps
         weight = self.model.get_parameter(name).detach().double()
-        return torch.from_numpy(self.update[name]).double() + (1.0 - kept) * weight
+        found: Tensor = torch.from_numpy(self.update[name]).double() + (1.0 - kept) * weight
+        return found
 
     def gradient(self, name: str) -> Tensor:
         """The mean gradient, if all steps were SGD's and small: minus descent / (lr steps)."""

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_bigrams_are_mixed_with_single_pieces(tiny_teacher):
     prior = Bigrams.of(tokens, np.arange(60), 200)
     a, b = tokens.pieces(np.array([4]))[1:3]
     texts = [tokens.pieces(np.array([row])).tolist() for row in range(60)]
-    after = [y for text in texts for x, y in zip(text, text[1:], strict=False) if x == a]
+    after = [y for text in texts for x, y in pairwise(text) if x == a]
     total = sum(map(len, texts))
     alone = (sum(text.count(b) for text in texts) + 1) / (total + 200)
     assert prior.surprise([a, b]) == pytest.approx(-np.log(0.9 * after.count(b) / len(after) + 0.1 * alone))
