@@ -180,5 +180,5 @@ class Laboratory:
         clip_norm = 0.0 if self.method.privacy is None else self.method.privacy.clip_norm
         return Instruction(
             run=self.run, round=number, config="", clients=tuple(clients), feedback=(0,) * len(clients),
-            clip_norm=clip_norm, **self._needs(),  # type: ignore[arg-type]
+            clip_norm=clip_norm, **self._needs(),
         )  # fmt: skip

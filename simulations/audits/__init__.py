@@ -4,6 +4,7 @@ from simulations.audits.attack import Attack
 from simulations.audits.client_canaries import ClientCanaries
 from simulations.audits.example_canaries import ExampleCanaries
 from simulations.audits.fedmia import FedMia
+from simulations.audits.inversion import Inversion
 from simulations.audits.lira import Lira
 from simulations.audits.loss_threshold import LossThreshold
 from simulations.audits.mechanism_canaries import MechanismCanaries
@@ -25,4 +26,5 @@ ATTACKS: dict[str, type[Attack]] = {
     Poisoning.name: Poisoning,
     FedMia.name: FedMia,
     Votes.name: Votes,
+    Inversion.name: Inversion,
 }

@@ -5,9 +5,9 @@ A row of the word embedding gets a gradient only where its piece is in the batch
     dL/dE[v] = sum over places p with piece v of dL/dx_p,
 
 so that the rows that have moved are the client's pieces, after any number of steps of any optimiser; a row of the
-position embedding moves where a text reaches that far (Melis et al. 2019, https://arxiv.org/abs/1805.04049, section 4.1;
-Gupta et al. 2022, https://arxiv.org/abs/2205.08514). Decoupled weight decay moves every row that is trained, but
-along itself: u = -c E[v]. Frozen embeddings send no rows.
+position embedding moves where a text reaches that far (Melis et al. 2019, https://arxiv.org/abs/1805.04049; Gupta et
+al. 2022, https://arxiv.org/abs/2205.08514). Decoupled weight decay moves every row that is trained, but along itself:
+u = -c E[v]. Frozen embeddings send no rows.
 
 Under Gaussian noise all rows move. A row of H numbers that has nothing but noise of deviation s has |u|^2 / s^2 of a
 chi-square distribution with H degrees; s is known, or told by the rows themselves, most of which are noise. A row
@@ -52,7 +52,7 @@ def _across(update: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray
 def words_of(model: Any) -> str:
     """Name of the word embedding's weight."""
     table = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is table)
+    return str(next(name for name, parameter in model.named_parameters() if parameter is table))
 
 
 def _named(update: Mapping[str, Any], ends: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ The loss is the client's own, soft targets included: the server has the teacher.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,8 @@ class Signals:
 def signals_of(model: Any, examples: Examples, recipe: Recipe, compute: Compute) -> NDArray[np.float64]:
     """(n, outputs) the gradient of each example's loss by its logits."""
     logits = torch.from_numpy(predict(model, examples.data.tokens, examples.rows, compute)).requires_grad_()
-    labels = torch.from_numpy(np.asarray(examples.data.labels[examples.rows]))
-    batch = Batch({}, torch.from_numpy(examples.soft), labels, {}, 0)
+    labels = torch.from_numpy(np.array(examples.data.labels[examples.rows]))
+    batch = Batch({}, torch.from_numpy(examples.soft.copy()), labels, {}, 0)
     zero = logits.new_zeros(())
     soft, hard = output_losses(logits, batch, recipe)
     parts = {**dict.fromkeys(PARTS, zero), "soft": soft, "hard": hard}
@@ -86,7 +86,7 @@ def count_labels(gradient: NDArray[np.float64], examples: int, known: Signals) -
         gradient: (outputs,) the mean over the batch.
     """
     total = np.asarray(gradient, dtype=np.float64) * examples
-    best = _shared_out(known.shares, examples)
+    best = shared_out(known.shares, examples)
     found = _likelihood(best, total, known)
     while True:
         moves = [
@@ -109,12 +109,12 @@ def _moved(counts: NDArray[np.int64], source: int, target: int, size: int) -> ND
     return moved
 
 
-def _shared_out(shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def shared_out(shares: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """The counts nearest to some shares, by largest remainder."""
     exact = shares / shares.sum() * count
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact)[: count - int(counts.sum())]] += 1
-    return counts
+    return np.asarray(counts)
 
 
 def _likelihood(counts: NDArray[np.int64], total: NDArray[np.float64], known: Signals) -> float:
@@ -126,6 +126,6 @@ def _likelihood(counts: NDArray[np.int64], total: NDArray[np.float64], known: Si
     return float(-0.5 * (left @ np.linalg.solve(spread, left) + size) + drawn)
 
 
-def label_error(found: Sequence[int], truth: Sequence[int]) -> float:
+def label_error(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
     """Share of the examples that the counts put into a wrong class."""
-    return float(np.abs(np.asarray(found) - np.asarray(truth)).sum() / 2 / max(int(np.sum(truth)), 1))
+    return float(np.abs(found - truth).sum() / 2 / max(int(truth.sum()), 1))

@@ -9,8 +9,8 @@ Word vectors x of a text are moved by Adam until the gradient g(x) that they mak
          with the least loss + l * surprise under a language prior is taken over
 
 and each vector becomes the piece that it points to. As in both papers the length is known, and so are the special
-pieces at both ends. The gradient by the logits, which all losses on outputs end in, need not be guessed with the labels:
-of one text it is the gradient of the head's bias; of several it is searched along with x.
+pieces at both ends. The gradient by the logits, which all losses on outputs end in, need not be guessed with the
+labels: of one text it is the gradient of the head's bias; of several it is searched along with x.
 
 Here each array counts the same in TAG's sum, as a share of g*: their sizes differ more in a classifier than in a
 language model. The prior of LAMP is bigrams of the public text.
@@ -34,6 +34,9 @@ ABSOLUTE = 0.01  # a of TAG
 NORM = 1.0  # weight of LAMP's pull on norms
 SURPRISE = 0.02  # l of LAMP
 LR = 0.02
+NOTHING = (
+    1e-4  # of the largest mean square's root: what is less is rounding, as of the keys' bias, which changes nothing
+)
 STARTS = 16  # random texts, of which the best is begun with
 EVERY = 50  # steps between two looks at rearrangements
 LOOKS = 40  # of them at a time
@@ -70,7 +73,10 @@ class Match:
             return vectors
 
         names = tuple(name for name in seen.update if not is_embedding(seen.model, name))
-        target = [seen.gradient(name).float() for name in names]
+        gradients = {name: seen.gradient(name).float() for name in names}
+        sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in gradients.items()}
+        names = tuple(name for name in names if sizes[name] > NOTHING * max(sizes.values()))
+        target = [gradients[name] for name in names]
         return cls(seen, names, target, pieces, look(pieces), look(first), look(last))
 
     def gradients(self, text: Tensor, signal: Tensor, graph: bool) -> tuple[Tensor, ...]:

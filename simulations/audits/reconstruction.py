@@ -64,7 +64,7 @@ class Judge:
         """The most frequent pieces, as many different ones as so many public texts have in the middle."""
         rng = np.random.default_rng(0)
         counts = [len({p for text in self.drawn(texts, rng) for p in text}) for _ in range(DRAWS)]
-        return self.frequent[: int(np.median(counts))].tolist()
+        return [int(piece) for piece in self.frequent[: int(np.median(counts))]]
 
     def drawn(self, count: int, rng: np.random.Generator) -> list[list[int]]:
         """Public texts at random."""
@@ -110,7 +110,7 @@ class Judge:
 
 def _scorer() -> Any:
     try:
-        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("rouge-score is not installed: pip install 'fedistill[privacy]'") from None
     return RougeScorer(list(ROUGE))

@@ -19,7 +19,7 @@ AdamW, whose signs have full rank; noise, which hides all directions of less tha
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     """
     parts, squares = [], []
     for path in family_of(seen.model).heads:
-        product = layers_of(seen.model)[layer].get_submodule(path)
+        product: Any = layers_of(seen.model)[layer].get_submodule(path)
         name = next(name for name, parameter in seen.model.named_parameters() if parameter is product.weight)
         if name not in seen.update:
             return None
@@ -103,11 +103,8 @@ def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute) -> Tensor:
     """(texts, length, width) what the products of a layer read of texts of these pieces, (texts, length)."""
     found: list[Tensor] = []
     model.eval()
-    with _stopping(model, layer, found), compute.autocast():
-        try:
-            model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
-        except _Read:
-            pass
+    with _stopping(model, layer, found), compute.autocast(), suppress(_Read):
+        model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
     return found[0].to(torch.bfloat16).float() if compute.bf16 else found[0]
 
 
@@ -129,4 +126,4 @@ def text_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance:
 
 def pieces_in(distance: NDArray[np.float32], pieces: NDArray[np.int64], tolerance: float) -> NDArray[np.int64]:
     """The pieces of a batch: those that are inside the span at some place."""
-    return pieces[distance.min(axis=1) < tolerance]
+    return np.asarray(pieces[distance.min(axis=1) < tolerance])

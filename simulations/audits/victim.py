@@ -103,7 +103,8 @@ class Seen:
         """
         kept = (1.0 - self.recipe.lr * self.recipe.weight_decay) ** self.steps
         weight = self.model.get_parameter(name).detach().double()
-        return torch.from_numpy(self.update[name]).double() + (1.0 - kept) * weight
+        found: Tensor = torch.from_numpy(self.update[name]).double() + (1.0 - kept) * weight
+        return found
 
     def gradient(self, name: str) -> Tensor:
         """The mean gradient, if all steps were SGD's and small: minus descent / (lr steps)."""
@@ -167,7 +168,14 @@ class Victims:
         able = [int(one) for one in self.data.eligible]
         first = able.index(client)
         cohort = [able[(first + place) % len(able)] for place in range(setting.cohort)]
-        updates = [self._update(student, weights, one, setting, recipe, compute) for one in cohort]
+        updates = []
+        for one in cohort:
+            examples = self._examples(self.rows(one, setting.examples))
+            update = distil(
+                student, weights, examples, recipe=recipe, compute=compute, seed=self.lab.config.seed, who=(1, one),
+                teacher=self.lab.worker.teacher,
+            )  # fmt: skip
+            updates.append(dense(update.arrays, {name: tuple(weight.shape) for name, weight in weights.items()}))
         with torch.no_grad():  # the model as the server sent it
             for name, parameter in student.trained.items():
                 parameter.copy_(weights[name])
@@ -175,17 +183,9 @@ class Victims:
         mean, deviation = clip_and_noise(updates, setting.clip, setting.noise, rng)
         return Seen(student.model, mean, recipe, compute, setting.examples, setting.steps, len(cohort), deviation)
 
-    def _update(
-        self, student: Student, weights: dict[str, Tensor], client: int, setting: Setting, recipe: Recipe, compute: Any
-    ) -> Update:
-        rows = self.rows(client, setting.examples)
-        pupil, worker = self.lab.federation.pupil, self.lab.worker
-        examples = Examples(self.data.train, rows, worker.teacher_logits(rows), pupil.taught)
-        update = distil(
-            student, weights, examples, recipe=recipe, compute=compute, seed=self.lab.config.seed, who=(1, client),
-            teacher=worker.teacher,
-        )  # fmt: skip
-        return dense(update.arrays, {name: tuple(weight.shape) for name, weight in weights.items()})
+    def _examples(self, rows: NDArray[np.int64]) -> Examples:
+        pupil = self.lab.federation.pupil
+        return Examples(self.data.train, rows, self.lab.worker.teacher_logits(rows), pupil.taught)
 
 
 def dense(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Update:
@@ -216,8 +216,8 @@ def clip_and_noise(
         for name, array in update.items():
             total[name] += array * factor
     deviation = multiplier * clip / len(updates)
-    for name, array in total.items():
-        array /= len(updates)
-        if deviation > 0:
-            array += rng.standard_normal(array.shape, dtype=np.float32) * np.float32(deviation)
-    return total, deviation
+    mean = {name: array / np.float32(len(updates)) for name, array in total.items()}
+    if deviation > 0:
+        for array in mean.values():
+            array += rng.standard_normal(array.shape, dtype=np.float32) * np.float32(deviation)  # noqa: PLW2901
+    return mean, deviation
