@@ -37,7 +37,7 @@ def run_child(arguments: Sequence[str], tell: Callable[[str], Any]) -> tuple[int
         Interrupted: stopped by a signal; nothing is left running.
     """
     last = [""]
-    with _stoppable():
+    with stoppable():
         process = _start(arguments)
 
         def read() -> None:
@@ -72,7 +72,7 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """The signals that end a program raise KeyboardInterrupt."""
 
     def stop(number: int, frame: Any) -> None:

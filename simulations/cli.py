@@ -94,6 +94,30 @@ def sweep(
 
 
 @app.command()
+def audit(
+    file: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml|RUN", help="keys, seeds, attacks, [arms.NAME]; or a run")
+    ],
+    settings: Settings = None,
+    *,
+    attack: Annotated[str, typer.Option(help="some of the attacks, a,b; none: those of the file, or all")] = "",
+    options: Annotated[
+        list[str] | None, typer.Option("-o", "--option", metavar="ATTACK.OPTION=VALUE", help="an option of an attack")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds, from 0; none: those of the file")] = None,
+    out: Annotated[Path, typer.Option(help="folder for rows, table and plots; the same again: go on there")],
+) -> None:
+    """Measure what leaks: attack the federations that a file describes, and show which defence stops which attack.
+
+    Audits train many models; use small ones. What is done stays in --out: the same command goes on after a stop.
+    """
+    from simulations.audits.audit import audit as run
+    from simulations.audits.audit_file import read_audit
+
+    run(read_audit(file, settings or [], attack, options or [], seeds), out)
+
+
+@app.command()
 def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run folders")]) -> None:
     """Show runs side by side: the keys in which they differ, scores, what is kept, sizes, costs."""
     from simulations.compare import compare as show

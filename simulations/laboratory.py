@@ -6,7 +6,6 @@ are missing. A round here gives the bits of a round there.
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,17 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.consensus import ConsensusWorker
 from clients.worker import Worker
 from common.config import Config
+from common.importance import MOST
 from common.inference import predict
-from common.progress import Progress
+from common.keys import VOTING
+from common.progress import Progress, Silent
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.clipped import ClippedEach
-from server.intake import Intake, Kept, Streamed
+from server.intake import Intake, Kept, Streamed, Summed
 from server.method import Averaging
 from server.preparation import Federation, prepare
+from server.student import choose_width, narrow_student, random_width
+from server.validation import validate
 
 Weights = dict[str, NDArray[np.float32]]
 Rows = Mapping[int, NDArray[np.int64]]
@@ -48,6 +52,14 @@ class Apprentice(Worker):
         return super()._rows_of(client) if rows is None else rows
 
 
+class Voter(Apprentice, ConsensusWorker):
+    """The same where clients answer with outputs on public text."""
+
+
+def worker_of(config: Config) -> type[Apprentice]:
+    return Voter if config.server.strategy in VOTING else Apprentice
+
+
 def keeping(intake: Intake) -> Intake:
     """The same way of taking replies; each client's own update, where it arrives, is kept."""
     if isinstance(intake, ClippedEach):
@@ -63,22 +75,38 @@ class Laboratory:
     Args:
         config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
         folder: where an attack keeps what it can go on from.
-        worker: a kind of worker whose clients do something of their own.
+        worker: a kind of worker whose clients do something of their own; None: the run's.
     """
 
     def __init__(
-        self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] = Apprentice
+        self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] | None = None
     ) -> None:
         self.config, self.progress, self.folder = config, progress, folder
         self.federation: Federation = prepare(config, progress)
+        if config.student.narrows:
+            self._narrow()
         self.start = self.federation.weights()  # of its module, which answers for other weights later
-        self.worker = worker(config, **self._needs())
+        self.worker = (worker or worker_of(config))(config, **self._needs())
         self.method = Averaging(self.federation, progress, lambda: None, lambda line: None)
         self._begin()
 
     def _begin(self) -> None:
         self.run, self._ledgers = secrets.token_hex(8), TemporaryDirectory()
         self.worker.ledgers = Path(self._ledgers.name)
+
+    def _narrow(self) -> None:
+        """Keep the heads and neurons that the strategy would keep before round 1."""
+        federation, config = self.federation, self.config
+        if config.student.width_selection == "random":
+            width = random_width(config, federation.pupil.shape)
+        else:
+            cohort = pick_cohort(federation.able, config.server.cohort, config.seed, 0)
+            shapes = {name: np.shape(getattr(federation.pupil.shape, name)) for name in ("heads", "neurons")}
+            intake = Summed(shapes, {client: min(len(self.data.shard(client).train), MOST) for client in cohort})
+            groups, lines = Apprentice(config, **self._needs()).weigh(cohort, lambda count: None)
+            intake.take(pack_reply(groups, lines), frozenset(cohort))
+            width = choose_width(config, **intake.update())
+        federation.take(narrow_student(config, federation.lesson, federation.pupil, width, self.progress))
 
     @property
     def data(self) -> Any:
@@ -105,6 +133,7 @@ class Laboratory:
         """One round's replies, taken in."""
         cohort = self._cohort(number)
         self.worker.rows = rows or {}
+        cohort = tuple(client for client in cohort if len(self.worker.rows.get(client, (0,))))
         sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
         intake = keeping(self.method.intake(number, weights, sizes))
         if cohort:
@@ -120,9 +149,17 @@ class Laboratory:
 
     def logits(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(len(rows), num_labels) what a student with these weights answers to rows of the training data."""
-        tiers, data = self.federation.tiers, self.federation.pupil.data
-        tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
-        return predict(tiers[-1].model, data.train.tokens, rows, self.federation.compute)
+        tokens = self.federation.pupil.data.train.tokens
+        return predict(self._student(weights), tokens, rows, self.federation.compute)
+
+    def scores(self, weights: Weights) -> dict[str, float]:
+        """Scores on the public validation text of a student with these weights."""
+        federation = self.federation
+        return validate(self._student(weights), federation.pupil.data, federation.compute, Silent())
+
+    def _student(self, weights: Weights) -> Any:
+        tiers = self.federation.tiers
+        return tiers.load(len(tiers) - 1, {name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
 
     def _cohort(self, number: int) -> tuple[int, ...]:
         if self.method.privacy is not None:
@@ -140,6 +177,8 @@ class Laboratory:
         }
 
     def _instruction(self, number: int, clients: Sequence[int]) -> Instruction:
-        empty = Instruction(self.run, number, "", (), (), **self._needs())
         clip_norm = 0.0 if self.method.privacy is None else self.method.privacy.clip_norm
-        return replace(empty, clients=tuple(clients), feedback=(0,) * len(clients), clip_norm=clip_norm)
+        return Instruction(
+            run=self.run, round=number, config="", clients=tuple(clients), feedback=(0,) * len(clients),
+            clip_norm=clip_norm, **self._needs(),  # type: ignore[arg-type]
+        )  # fmt: skip

@@ -73,8 +73,14 @@ def read_sweep(path: Path, settings: Sequence[str] = (), seeds: Sequence[int] | 
     Raises:
         InputError: naming the file or key, what was found and what would be right.
     """
-    document = read_toml(path)
-    arms, of_task = _sections(path, document, "arms") or {ALONE: {}}, _sections(path, document, "task")
+    return sweep_of(path, read_toml(path), settings, seeds)
+
+
+def sweep_of(
+    path: Path, document: dict[str, Any], settings: Sequence[str] = (), seeds: Sequence[int] | None = None
+) -> Sweep:
+    """The same of what was read from the file."""
+    arms, of_task = sections(path, document, "arms") or {ALONE: {}}, sections(path, document, "task")
     own = {name: document.pop(name) for name in OWN if name in document}
     over = read_settings(settings)
     base = document | over
@@ -108,7 +114,7 @@ def _planned(path: Path, arm: str, keys: dict[str, Any]) -> Planned:
     return Planned(arm, config.task, config.seed, keys, config)
 
 
-def _sections(path: Path, document: dict[str, Any], kind: str) -> dict[str, dict[str, Scalar]]:
+def sections(path: Path, document: dict[str, Any], kind: str) -> dict[str, dict[str, Scalar]]:
     """Takes the sections [KIND.NAME] out of the document."""
     named = {key: document.pop(key) for key in list(document) if key.partition(".")[0] == kind and key != "task"}
     found_in: dict[str, dict[str, Scalar]] = {}

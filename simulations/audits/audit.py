@@ -1,0 +1,160 @@
+"""``fedistill audit``: attacks on federations, each in the arms that are compared, and what the defences cost.
+
+An audit's folder holds ARM/TASK/seed-N with config.toml, a file of rows for each attack that is done and what attacks
+keep to go on from; above them rows.parquet, audit.md and the plots, after every attack anew.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from common.config import load_config
+from common.errors import InputError, Interrupted
+from common.progress import Progress
+from common.section import Scalar
+from common.store import write_atomically
+from server.run_folder import check_resumed, finite
+from simulations.audits.attack import Attack, Row
+from simulations.audits.audit_file import Audit
+from simulations.audits.figures import attack_sheets, wide_sheet
+from simulations.audits.plots import plot
+from simulations.child import stoppable
+from simulations.compare import differing
+from simulations.display import console_on, progress_for
+from simulations.laboratory import Laboratory
+from simulations.outcome import read_json
+from simulations.sweep_file import Planned
+from simulations.table import markdown, show
+
+
+def audit(plan: Audit, out: Path) -> list[Row]:
+    """Run the attacks that are not in the folder yet; leave rows, table and plots, and show the table.
+
+    Raises:
+        InputError: the folder holds an audit of other keys or options, or an attack does not fit the run.
+        RunFailed: a process that trained models ended.
+        Interrupted: stopped by the user; the same command goes on.
+    """
+    _check(plan, out)
+    console = console_on(sys.stdout)
+    progress = progress_for(console)
+    try:
+        with stoppable():
+            rows = _run(plan, out, progress)
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    for sheet in attack_sheets(rows, tuple(plan.plan.arms)):
+        show(console, sheet)
+    for path in write(plan, rows, out):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    return rows
+
+
+def _check(plan: Audit, out: Path) -> None:
+    """Raise `InputError` unless all that lies in the folder is of this audit."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; give a folder")
+    for run in plan.plan.runs:
+        folder = out / run.folder
+        if (kept := folder / "config.toml").is_file():
+            check_resumed(load_config(kept), run.config, folder)
+            if load_config(kept) != run.config:
+                raise InputError(f"{folder}: an audit of other rounds; give another --out")
+
+
+def _run(plan: Audit, out: Path, progress: Progress) -> list[Row]:
+    rows: list[Row] = []
+    runs, attacks = plan.plan.runs, plan.attacks
+    with progress.step("attacks", len(runs) * len(attacks)) as step:
+        for run in runs:
+            folder, lab = out / run.folder, None
+            for name, attack in attacks.items():
+                found, began = _known(folder, attack), time.monotonic()
+                if found is None:
+                    step.info(f"{run.name}: {name}")
+                    lab = lab or _laboratory(run, folder, progress)
+                    found = [dict(row) for row in attack.run(lab, progress)]
+                    _keep(folder, attack, found)
+                    progress.line(f"{run.name}: {_said(name, found)}, {time.monotonic() - began:.0f} s")
+                    write(plan, rows + _named(plan, run, name, found), out)
+                rows += _named(plan, run, name, found)
+                step.advance()
+    return rows
+
+
+def _laboratory(run: Planned, folder: Path, progress: Progress) -> Laboratory:
+    write_atomically(folder / "config.toml", run.config.toml().encode())
+    return Laboratory(run.config, progress, folder)
+
+
+def _named(plan: Audit, run: Planned, attack: str, found: Sequence[Row]) -> list[Row]:
+    """An attack's rows with where they come from, and the keys in which the arms differ."""
+    flat = run.config.flat()
+    keys: Row = {key: flat[key] for key in differing([each.config for each in plan.plan.runs]) if key != "seed"}
+    return [{"arm": run.arm, "task": run.task, "seed": run.seed, "attack": attack, **row, **keys} for row in found]
+
+
+def _options(attack: Attack) -> dict[str, Scalar]:
+    return dict(vars(attack))
+
+
+def _known(folder: Path, attack: Attack) -> list[Row] | None:
+    """The rows of an attack that is done."""
+    found = read_json(folder / f"{attack.name}.json")
+    if found is None:
+        return None
+    if found["options"] != _options(attack):
+        told = ", ".join(f"{name} = {value!r}" for name, value in found["options"].items())
+        raise InputError(f"{folder / attack.name}.json: with other options ({told}); remove it, or give another --out")
+    return [dict(row) for row in found["rows"]]
+
+
+def _keep(folder: Path, attack: Attack, rows: Sequence[Row]) -> None:
+    content = {"options": _options(attack), "paper": attack.paper, "rows": finite(list(rows))}
+    write_atomically(folder / f"{attack.name}.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _said(name: str, rows: Sequence[Row]) -> str:
+    """An attack's outcome in a few words."""
+    parts = [
+        f"{row.get('variant') or ''} {row['success']:.4f}".strip() for row in rows if row.get("success") is not None
+    ]
+    return f"{name}: {', '.join(parts) or 'nothing to attack'}"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def write(plan: Audit, rows: Sequence[Row], out: Path) -> list[Path]:
+    """rows.parquet, audit.md and the plots, of the rows so far."""
+    arms = tuple(plan.plan.arms)
+    write_atomically(out / "rows.parquet", parquet(rows))
+    write_atomically(out / "audit.md", markdown(wide_sheet(rows, arms)).encode())
+    return [out / "rows.parquet", out / "audit.md", *plot(plan, rows, out)]
+
+
+def parquet(rows: Sequence[Mapping[str, Scalar | None]]) -> bytes:
+    """Rows as a Parquet file: every name that occurs is a column, numbers of both kinds are floats."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    content = BytesIO()
+    pq.write_table(table, content)
+    return content.getvalue()
+
+
+def _column(values: Sequence[Scalar | None]) -> Any:
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and len(kinds) == 2:
+        return pa.array([None if value is None else float(value) for value in values])
+    if len(kinds) > 1:
+        return pa.array([None if value is None else str(value) for value in values])
+    return pa.array(values)
