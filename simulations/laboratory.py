@@ -75,7 +75,7 @@ class Laboratory:
     Args:
         config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
         folder: where an attack keeps what it can go on from.
-        worker: a kind of worker whose clients do something of their own; None: the usual one.
+        worker: a kind of worker whose clients do something of their own; None: the run's.
     """
 
     def __init__(
