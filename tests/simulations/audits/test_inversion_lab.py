@@ -56,3 +56,11 @@ def test_frozen_as_configured(reviews, tiny_teacher):
 def test_methods_that_are_not_there_are_refused_by_name():
     with pytest.raises(InputError, match="no 'dager'; give all, or some of rows"):
         next(Inversion(methods="rows,dager").run(None, Silent()))
+
+
+def test_noise_at_the_server_hides_pieces_from_everybody_but_the_server(reviews, tiny_teacher):
+    keys = {"privacy__unit": "client", "privacy__noise_multiplier": 1.0, "privacy__clip_norm": 0.5}
+    lab = laboratory(reviews, tiny_teacher, student__train_embeddings=True, **keys)
+    server, anybody = Inversion().run(lab, Silent())
+    assert server["success"] == server["set_precision"] == 1.0
+    assert anybody["success"] < 0.2
