@@ -18,6 +18,7 @@ MEASURES = {
     "lamp": ("ROUGE-L", "rougeL"),
 }
 SHOWN = ("private", "recovered")  # texts, with the option ``show`` alone
+NO_HEAD = "the head has no bias that tells classes"
 Found = dict[str, Any]  # figures of one victim by name, None: not to be had here; the guess's as ``guess_...``
 
 
@@ -50,7 +51,8 @@ def summed(found: Sequence[Found], wanted: str, measure: str) -> Row:
     values = {name: [one[name] for one in found if one.get(name) is not None] for name in names}
     means: Row = {name: float(np.mean(each)) if each else None for name, each in values.items()}
     low, high = interval(values.get(wanted, []))
-    told: Row = {"measure": measure, "success": means.pop(wanted, None), "low": low, "high": high}
+    told: Row = {} if values.get(wanted) else {"note": NO_HEAD}
+    told |= {"measure": measure, "success": means.pop(wanted, None), "low": low, "high": high}
     return {**told, "chance": means.pop(f"guess_{wanted}", None), "victims": len(found), **means}
 
 

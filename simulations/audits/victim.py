@@ -167,7 +167,7 @@ class Victims:
         weights = {name: weight.detach().clone() for name, weight in student.trained.items()}
         able = [int(one) for one in self.data.eligible]
         first = able.index(client)
-        cohort = [able[(first + place) % len(able)] for place in range(setting.cohort)]
+        cohort = [able[(first + place) % len(able)] for place in range(min(setting.cohort, len(able)))]
         updates = []
         for one in cohort:
             examples = self._examples(self.rows(one, setting.examples))
