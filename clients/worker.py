@@ -181,8 +181,7 @@ class Worker:
         tiers = sorted({int(self.tier_of[client]) for client in instruction.clients})
         received = {tier: self._starting(tier, tensors) for tier in tiers}
         growing, privacy = self.config.client.grow_batch, self.config.privacy
-        extra = SQUARES_SHAPE if growing else {}
-        extra |= BELOW_SHAPE if privacy.unit == "client" and privacy.adaptive_clip else {}
+        extra = {**(SQUARES_SHAPE if growing else {}), **(BELOW_SHAPE if privacy.adaptive_clip else {})}
         totals = {self._sum(tier): ExactSum({**self.totals(tier, instruction.round), **extra}) for tier in tiers}
         wire = wire_for(self.config.server, instruction.round, self.config.rounds)
         packed = self.config.server.packing == "on"

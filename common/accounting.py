@@ -82,25 +82,36 @@ def noise_for_all(
     def spending(noise: float) -> float:
         return spent([*done, *((noise, rate, steps) for rate, steps in planned)], delta=delta, accountant=accountant)
 
-    high = 1.0
-    while spending(high) > target:
-        high *= 2.0
+    low, high, far = 0.0, 1.0, math.inf  # noise that is too little, noise that is enough, and what the first spends
+    near = spending(high)
+    while near > target:
+        low, far, high = high, near, 2.0 * high
         if high > MOST_NOISE:
             raise InputError(f"privacy.epsilon = {target}: not even noise of {MOST_NOISE:g} clip norms reaches that")
-    low = high / 2.0
-    while low > LEAST_NOISE and spending(low) <= target:
-        low, high = low / 2.0, low
-    while high - low > CLOSE * high:
-        # epsilon is almost a power of the noise: a line through the logarithms says where to look, on both sides
-        most, least = spending(low), spending(high)
-        guess, width = math.sqrt(low * high), high - low
-        if least > 0.0 and most < math.inf:
-            guess = low * (high / low) ** (math.log(most / target) / math.log(most / least))
-        for noise in (guess * (1.0 + CLOSE / 3.0), guess * (1.0 - CLOSE / 3.0), None):
-            tried = (low + high) / 2.0 if noise is None and high - low > width / 2.0 else noise
-            if tried is not None and low < tried < high:
-                low, high = (low, tried) if spending(tried) <= target else (tried, high)
+        near = spending(high)
+    while low == 0.0 and high > LEAST_NOISE:
+        if (less := spending(high / 2.0)) > target:
+            low, far = high / 2.0, less
+        else:
+            high, near = high / 2.0, less
+    step = CLOSE / 2.0  # beyond where the target is thought to be, now to this side and now to the other
+    while low and high - low > CLOSE * high:
+        found = _between(low, far, high, near, target) * (1.0 + step)
+        found = min(max(found, low + (high - low) / 16.0), high - (high - low) / 16.0)
+        less = spending(found)
+        if less <= target:
+            high, near, step = found, less, -CLOSE / 2.0
+        else:
+            low, far, step = found, less, CLOSE / 2.0
     return high
+
+
+def _between(low: float, far: float, high: float, near: float, target: float) -> float:
+    """The noise that spends ``target``, were epsilon a power of it: ``far`` at ``low``, ``near`` at ``high``."""
+    if not (math.isfinite(far) and near > 0.0):
+        return (low + high) / 2.0
+    power = math.log(far / near) / math.log(high / low)
+    return low * (far / target) ** (1.0 / power) if power > 0.0 else (low + high) / 2.0
 
 
 @cache

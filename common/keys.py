@@ -300,7 +300,11 @@ class ServerKeys(Section):
         "final", description="who scores: the cohort each round (and everyone at the end: final), or all each round"
     )
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
-    max_lost_fraction: Fraction = Field(0.5, description="the run fails when more of a cohort is lost")
+    max_lost_fraction: Fraction = Field(
+        0.5,
+        description="the run fails when more of a cohort is lost; not with `privacy.unit = client`, where who is lost "
+        "counts as zero",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
 
 

@@ -26,6 +26,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,12 @@ from common.errors import InputError
 from common.fixed_point import LIMIT, SCALE, mean
 from common.wire import Shapes
 from server.gaussian import MOST, gaussian
-from server.ledger import Charge, Ledger
+from server.ledger import LEDGER, Charge, Ledger, Released
 
 LEARNING_RATE = 0.2  # of the clip norm's logarithm; Andrew et al. 2021, section 3
 SHARE = 20  # of the cohort that sigma_b is: the same
+ALL = 0.99  # of an epsilon: what is left buys no round that is not noise alone
+CLIP_NORM = "next clip norm"  # beside a released update
 SMALLEST = 16.0  # a clip norm is so many times what rounding can add
 
 Totals = Mapping[str, NDArray[np.int64]]
@@ -67,40 +70,41 @@ class ClientPrivacy:
 
     def __init__(self, config: Config, clients: int, shapes: Shapes) -> None:
         self.config, self.keys, self.clients = config, config.privacy, clients
-        self.expected = config.server.cohort or clients
+        self.expected = min(config.server.cohort or clients, clients)
         self.rate = self.expected / clients
         self.factor = self.expected / (self.keys.noise_cohort or self.expected)
         values = sum(math.prod(shape) for shape in shapes.values())
         self.least, self.most = SMALLEST * slack(0.0, values), LIMIT / SCALE / (2.0 * clients)
         self.clip_norm, self.noise, self.noise_scores = self.keys.clip_norm, 0.0, 0.0
-        self.ledger = Ledger()
+        self.ledger, self.released = Ledger(), Released()
         if not self.least <= self.clip_norm <= self.most:
             raise InputError(
                 f"privacy.clip-norm = {self.clip_norm}: for {clients} clients and a student of {values} trained "
                 f"numbers give {self.least:.1e} to {self.most:.1e}"
             )
 
-    def begin(self, done: int = 0, ledger: Ledger | None = None) -> None:
+    def begin(self, done: int = 0, folder: Path | None = None) -> None:
         """Find the noise of the rounds that are left.
 
         Args:
             done: rounds that need not be done again.
-            ledger: what the run has spent before; None: it is a new one.
+            folder: where a run keeps what it has spent and released last; None: it keeps nothing.
 
         Raises:
             InputError: what the run may spend is spent; see also `common.accounting`.
         """
-        self.ledger = ledger or Ledger()
+        self.ledger, self.released = Ledger(folder and folder / LEDGER), Released(folder)
         self.clip_norm = self.keys.clip_norm
         left, keys, share = self.config.rounds - done, self.keys, self.keys.scores_share
-        training = ((self.rate, left),)
+        training = ((self.rate, left - self.released.has("update", done + 1)),)
         self.noise = keys.noise_multiplier
         if keys.epsilon:
             self.noise = self._noise("update", training, keys.epsilon * (1.0 - share), 1.0 - share)
         if share:
-            whole = [*self.ledger.steps("update"), (self.noise, self.rate, left)]
+            whole = [*self.ledger.steps("update"), (self.noise, *training[0])]
             target = (keys.epsilon or self._spent(whole, 1.0 - share) / (1.0 - share)) * share
-            self.noise_scores = self._noise("scores", self._scorings(left), target, share)
+            scorings = self._scorings(left - self.released.has("scores", done + 1))
+            self.noise_scores = self._noise("scores", scorings, target, share)
         deviation = max(self._update_noise() * self.clip_norm, self._below_noise()) * self.factor
         if deviation * SCALE > MOST:
             raise InputError(
@@ -133,7 +137,15 @@ class ClientPrivacy:
             share = float(update.pop(BELOW)[0]) + 0.5
             moved = self.clip_norm * math.exp(-LEARNING_RATE * (share - self.keys.adaptive_clip))
             self.clip_norm = min(max(moved, self.least), self.most)
+        self.released.keep("update", number, update | {CLIP_NORM: np.array([self.clip_norm])})
         return update
+
+    def released_before(self, number: int) -> Update | None:
+        """A round's update, where it was released and the run ended before a checkpoint held it."""
+        found = self.released.find("update", number)
+        if found is not None:
+            self.clip_norm = float(found.pop(CLIP_NORM)[0])
+        return found
 
     def release_statistics(self, number: int, totals: Totals, rate: float) -> dict[str, NDArray[np.int64]]:
         """Counts of a scoring phase's clients, each `privacy.scores-examples` examples at most, with noise and from 0.
@@ -145,7 +157,9 @@ class ClientPrivacy:
         self.ledger.charge(Charge(number, "scores", self.noise_scores, rate))
         reach = self.keys.scores_examples * math.sqrt(len(totals))  # all of a client's examples in one cell of each
         deviation = self.noise_scores * reach * self.factor
-        return {name: np.maximum(noised(total, deviation), 0) for name, total in totals.items()}
+        found = {name: np.maximum(noised(total, deviation), 0) for name, total in totals.items()}
+        self.released.keep("scores", number, found)
+        return found
 
     # --- what it costs --------------------------------------------------------------------------
 
@@ -185,9 +199,9 @@ class ClientPrivacy:
             last = done[-1][0]
             if self._spent([*done, *((last, rate, steps) for rate, steps in planned)], share) <= target:
                 return last
-            if self._spent(done, share) >= target:
+            if any(steps for _, steps in planned) and self._spent(done, share) > ALL * target:
                 raise InputError(
-                    f"privacy.epsilon = {self.keys.epsilon}: rounds that were done again have spent it; nothing is left"
+                    f"privacy.epsilon = {self.keys.epsilon}: what was released has spent it; nothing is left for more"
                 )
         return _calibrated(target, planned, self.keys.delta * share, self.keys.accountant, done)
 

@@ -1,16 +1,25 @@
 """What a run has spent: one line for each noised sum, on disk before anything of that sum is let out.
 
-A run that is killed between a release and its next checkpoint does that round again, with another cohort and other
-noise: that is a second release, and the ledger, which is never cut back, counts it as one.
+What is released lies in the run's folder before it is let out, and a run that is killed before its next checkpoint
+takes it from there. Where it is not there yet, the round is done again, with another cohort and other noise: the
+ledger, which is never cut back, counts that as a second release.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import safe_open
 
 from common.accounting import Steps
 from common.errors import InputError
+from common.store import write_atomically
 
 LEDGER = "privacy.jsonl"  # in a run's folder
 
@@ -68,6 +77,38 @@ class Ledger:
     def steps(self, what: str) -> list[Steps]:
         """The charges of a kind as `common.accounting` takes them."""
         return [(one.noise, one.rate, 1) for one in self.charges if one.what == what]
+
+
+class Released:
+    """The last noised sum of each kind, on disk.
+
+    Args:
+        folder: the run's; None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def keep(self, what: str, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what a round has released instead of what an earlier one has."""
+        if self.folder is not None:
+            whole = {name: np.asarray(array) for name, array in arrays.items()}
+            write_atomically(self._path(what), safetensors.numpy.save(whole, {"round": str(number)}))
+
+    def has(self, what: str, number: int) -> bool:
+        """Whether a round's is there."""
+        if self.folder is None or not self._path(what).exists():
+            return False
+        with safe_open(self._path(what), "numpy") as file:
+            return bool(file.metadata()["round"] == str(number))
+
+    def find(self, what: str, number: int) -> dict[str, NDArray[Any]] | None:
+        """A round's, where it is there."""
+        return safetensors.numpy.load_file(self._path(what)) if self.has(what, number) else None
+
+    def _path(self, what: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"released-{what}.safetensors"
 
 
 def _read(path: Path) -> list[Charge]:

@@ -27,7 +27,7 @@ class NoisedScores(TieredScores):
         self.privacy, self.number, self.rate = privacy, number, 1.0 if everyone else privacy.rate
         most = privacy.keys.scores_examples
         self.held = {client: min(count, most) for client, count in self.held.items()}
-        self._released: dict[str, NDArray[np.int64]] | None = None
+        self._released = privacy.released.find("scores", number)
 
     def by_tier(self, who: str) -> list[NDArray[np.int64]]:
         """The counts, noised when they are first asked for."""

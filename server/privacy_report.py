@@ -25,7 +25,7 @@ def privacy_block(federation: Any, history: Any) -> dict[str, Any]:
 def spending(privacy: ClientPrivacy) -> dict[str, Any]:
     """What a run whose unit is a client has spent so far."""
     keys = privacy.keys
-    noisy = privacy.noise > 0.0
+    holds = privacy.noise > 0.0 and privacy.population <= privacy.clients
     found: dict[str, Any] = {
         "unit": "client",
         "epsilon": privacy.epsilon,
@@ -36,7 +36,7 @@ def spending(privacy: ClientPrivacy) -> dict[str, Any]:
         "clip_norm": privacy.clip_norm,
         "rate": privacy.rate,
         "rounds_charged": len(privacy.ledger.steps("update")),
-        "protects": {"student": noisy, "scores": noisy and keys.scores_share > 0.0, "cost": False, "faults": False},
+        "protects": {"student": holds, "scores": holds and keys.scores_share > 0.0, "cost": False, "faults": False},
         "reproducible": False,
     }
     if keys.scores_share:
@@ -103,16 +103,16 @@ def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:
 
 def _note(privacy: ClientPrivacy) -> str:
     keys = privacy.keys
-    words = [
-        "holds for the students and metrics.jsonl, towards whoever trusts the server; cohorts and noise come from the "
-        "operating system's entropy, so the run cannot be reproduced bit for bit"
-    ]
+    what = "students and metrics.jsonl" if keys.scores_share else "students"
+    words = [f"holds for the {what}, towards everybody but the server"]
     if keys.noise_cohort:
-        words.insert(
-            0,
+        words = [
             f"simulated: noise and epsilon are those of {privacy.population} clients of which {keys.noise_cohort} are "
-            "in a round on average, and hold for no other federation; the clients of this run are not protected so",
-        )
+            "in a round on average, and hold for no other federation; the clients of this run are not protected so"
+        ]
+    words.append(
+        "cohorts and noise come from the operating system's entropy, so the run cannot be reproduced bit for bit"
+    )
     if not keys.scores_share:
         words.append("the clients' scores are exact and not protected")
     if privacy.noise == 0.0:

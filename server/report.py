@@ -128,7 +128,7 @@ def _rounds_table(lines: list[dict[str, Any]], costs: list[dict[str, Any]], summ
         rows.append(
             (
                 str(number),
-                str(train[number]["clients"]),
+                _number(train[number].get("clients")),
                 _number(train[number].get("loss")),
                 _number(scored.get(number, {}).get("student", {}).get(metric)),
                 _number(spread.get("worst_decile")),

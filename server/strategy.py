@@ -37,7 +37,6 @@ from server.feddf import FedDF
 from server.growth import Growth
 from server.history import History, client_spread, retention
 from server.intake import Intake, Summed
-from server.ledger import LEDGER, Ledger
 from server.method import Averaging
 from server.noised_scores import NoisedScores, check_counts
 from server.phase import Phase
@@ -151,7 +150,8 @@ class FederatedDistillation(Strategy):
         federation = self.federation
         ready = federation.able if self.config.student.tier_mode == "exclusive" else self.data.eligible
         if self.method.privacy is not None:
-            self.cohort = self.method.privacy.cohort(ready)
+            known = self.method.privacy.released.has("update", number)
+            self.cohort = () if known else self.method.privacy.cohort(ready)
             self.exchange.clip_norm = self.method.privacy.clip_norm
             goal = len(self.cohort)
         else:
@@ -172,7 +172,7 @@ class FederatedDistillation(Strategy):
         try:
             if self.method.privacy is None:  # else a client that is lost counts as one with nothing to say
                 self._check_losses(phase)
-            update = intake.update()
+            update = self._released(number) or intake.update()
             phase.ended = time.monotonic()  # training ends when the mean update is there
         except ValueError as error:
             raise RunFailed(f"round {number}: {error}") from None
@@ -218,15 +218,20 @@ class FederatedDistillation(Strategy):
 
     def _begin_privacy(self, privacy: ClientPrivacy) -> None:
         """Take up what the run has spent, and say what it will spend."""
-        ledger, clip_norm = Ledger(self.folder.path / LEDGER), privacy.clip_norm
-        if self.done > len({charge.round for charge in ledger.charges if charge.what == "update"}):
-            raise InputError(f"{ledger.path}: {self.done} rounds were released, and it does not say so; put it back")
+        clip_norm = privacy.clip_norm
         if share := self.config.privacy.scores_share:
             check_counts(self.data.task.score_spec, share)
-        privacy.begin(self.done, ledger)
+        privacy.begin(self.done, self.folder.path)
         privacy.clip_norm = clip_norm  # a checkpoint's
+        if self.done > len(privacy.ledger.steps("update")):
+            where = privacy.ledger.path
+            raise InputError(f"{where}: {self.done} rounds were released, and it does not say so; put it back")
         for line in told(privacy, self.done):
             self.progress.line(line)
+
+    def _released(self, number: int) -> dict[str, Any] | None:
+        """A round's update that an earlier process has let out."""
+        return None if self.method.privacy is None else self.method.privacy.released_before(number)
 
     def tell_privacy(self) -> None:
         """Bring the history up to what was spent."""

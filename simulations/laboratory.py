@@ -126,7 +126,7 @@ class Laboratory:
             return self.method.privacy.cohort(self.data.eligible)
         return pick_cohort(self.data.eligible, self.config.server.cohort, self.config.seed, number)
 
-    def _needs(self) -> dict[str, str]:
+    def _needs(self) -> dict[str, Any]:
         federation = self.federation
         return {
             "teacher": str(federation.teacher.folder),
