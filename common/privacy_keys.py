@@ -12,8 +12,8 @@ class PrivacyKeys(Section):
         "none",
         description="whose presence the noise hides: example: one example of a client, from the server too (DP-SGD at "
         "the client); client: all of a client, from whoever sees the students (noise at the server); none: nobody's; "
-        "with client each client is in a round by a chance of its own, `server.cohort` in the mean; chance and noise "
-        "are the operating system's, so such a run cannot be reproduced",
+        "with client each client is in a round by a chance of its own, `server.cohort` in the mean; chance, lots "
+        "and noise are the operating system's, so such a run cannot be reproduced",
     )
     epsilon: float = Field(
         0.0,

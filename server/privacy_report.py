@@ -78,10 +78,10 @@ def spending_of_examples(keys: PrivacyKeys, before: Mapping[str, Any], lines: Se
     return {**found, "reproducible": False, "note": "; ".join(words)}
 
 
-def privacy_words(block: Mapping[str, Any]) -> str:
-    """A summary's block in a cell of a table."""
-    epsilon = "no bound" if block["epsilon"] is None else f"epsilon {block['epsilon']:.3g}"
-    return f"{epsilon} per {block['unit']}, delta {block['delta']:g}"
+def privacy_words(block: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A summary's block as a table says it: what it is about, epsilon, delta."""
+    epsilon = "no epsilon" if block["epsilon"] is None else f"epsilon {block['epsilon']:.3g}"
+    return f"privacy of one {block['unit']}", epsilon, f"delta {block['delta']:g}"
 
 
 def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:

@@ -99,7 +99,8 @@ def _scores_table(summary: dict[str, Any]) -> str:
     cost = summary["cost"]
     rows.append(("training, examples per second", "", f"{cost['examples_per_s']:.0f}"))
     if summary.get("privacy", {}).get("unit", "none") != "none":
-        rows.append(("privacy", "", privacy_words(summary["privacy"])))
+        name, *words = privacy_words(summary["privacy"])
+        rows.append((name, "", ", ".join(words)))
     rows.append(("bytes down, up", "", f"{cost['bytes_down'] / 1e6:.1f} MB, {cost['bytes_up'] / 1e6:.1f} MB"))
     rows.append(("lost: " + ", ".join(summary["faults"]), "", ", ".join(str(n) for n in summary["faults"].values())))
     return _table(("", "teacher", "student"), rows)

@@ -92,7 +92,8 @@ def result_table(summary: dict[str, Any]) -> Table:
         ("bytes", "", f"{cost['bytes_down'] / 1e6:.0f} MB down", f"{cost['bytes_up'] / 1e6:.0f} MB up"),
     ]
     if summary.get("privacy", {}).get("unit", "none") != "none":
-        costs.append(("privacy", "", privacy_words(summary["privacy"]), ""))
+        name, epsilon, delta = privacy_words(summary["privacy"])
+        costs.append((name, "", epsilon, delta))
     faults = {name: count for name, count in summary["faults"].items() if count}
     if faults:
         costs.append(("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), ""))

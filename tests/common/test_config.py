@@ -255,8 +255,8 @@ def test_flowers_table_holds_exactly_our_keys_and_defaults():
 
 def test_an_empty_section_that_does_not_exist_is_refused(tmp_path):
     path = tmp_path / "a.toml"
-    path.write_text("[privacy]\n")
-    with pytest.raises(InputError, match=r"^privacy: no such key"):
+    path.write_text("[secrecy]\n")
+    with pytest.raises(InputError, match=r"^secrecy: no such key"):
         load_config(path)
     path.write_text("[data]\n")
     assert load_config(path) == Config()

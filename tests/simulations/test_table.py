@@ -59,6 +59,7 @@ def test_the_table_of_a_run_fits_80_columns(capsys):
     summary = {
         "teacher": who, "student": student, "cost": cost, "task": "stsb", "status": "completed", "rounds": 3,
         "faults": {"failed": 2, "late": 0},
+        "privacy": {"unit": "example", "epsilon": 7.9964, "delta": 1e-5},
     }  # fmt: skip
     Console(width=100).print(result_table(summary))
     out = capsys.readouterr().out
@@ -66,3 +67,6 @@ def test_the_table_of_a_run_fits_80_columns(capsys):
     assert "0.6000 ±1e-03" in out
     assert "75.0%" in out  # 0.6 of 0.8
     assert "2 failed" in out
+    assert [line.split() for line in out.splitlines() if "privacy" in line] == [
+        ["privacy", "of", "one", "example", "epsilon", "8", "delta", "1e-05"]
+    ]
