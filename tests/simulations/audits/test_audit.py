@@ -18,30 +18,32 @@ ATTACKS = ["utility", "teacher", "loss", "lira", "rmia", "fedmia", "votes"]
 @pytest.fixture(scope="module")
 def file(tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
-    make_reviews(folder / "reviews.csv", count=160)
+    make_reviews(folder / "reviews.csv", count=120)
     (folder / "audit.toml").write_text(f"""
 seeds = [0]
 attacks = {ATTACKS}
 task = "text"
-rounds = 2
+rounds = 1
 data.source = "{folder / "reviews.csv"}"
-data.clients = 4
+data.clients = 3
 data.max-length = 64
 data.alpha = 10.0
 teacher.model = "{tiny_teacher}"
 student.layers = 2
 client.lr = 0.02
-client.epochs = 3
+client.epochs = 1
 runtime.workers = 1
 [attack.lira]
-models = 4
+models = 3
 [attack.rmia]
-models = 4
+models = 3
 gamma = 1.05
 [attack.loss]
-models = 4
+models = 3
+[attack.fedmia]
+models = 1
 [attack.votes]
-epochs = 2
+epochs = 1
 [arms.distilled]
 [arms.plain]
 distill.soft-weight = 0.0
@@ -64,7 +66,7 @@ def test_every_attack_leaves_rows_in_every_arm(done):
         assert list(dict.fromkeys(row["attack"] for row in table if row["arm"] == arm)) == ATTACKS
     assert {(row["arm"], row["distill.hard-weight"]) for row in table} == {("distilled", 0.3), ("plain", 1.0)}
     for row in table:
-        assert 0 <= row["success"] <= 1
+        assert 0 <= row["success"] <= 1, row
         assert row["low"] is None or row["low"] <= row["success"] <= row["high"]
     assert "| lira online |" in (out / "audit.md").read_text()
     assert all((out / name).stat().st_size > 5000 for name in ("audit.png", "audit.svg", "roc.png", "roc.svg"))
@@ -73,7 +75,7 @@ def test_every_attack_leaves_rows_in_every_arm(done):
 def test_attacks_that_ask_for_the_same_models_share_them(done):
     out, _ = done
     folder = out / "plain" / "text" / "seed-0" / "halves-all"
-    assert sorted(path.name for path in folder.iterdir()) == [f"model-{number}.npz" for number in range(4)]
+    assert sorted(path.name for path in folder.iterdir()) == [f"model-{number}.npz" for number in range(3)]
 
 
 def test_what_is_done_is_not_done_again(done, file, monkeypatch):
