@@ -87,6 +87,8 @@ def membership_row(
     """The figures of an attack's scores, all targets together; its ROC goes to the laboratory's folder."""
     known = np.isfinite(scores)
     members, others = scores[known & inside], scores[known & ~inside]
+    if not len(members) or not len(others):
+        return {"variant": variant, "measure": MEASURE, "success": None, "note": "too few models to compare with"}
     strict = tpr_at(members, others, FPRS[-1])
     row: Row = {
         "variant": variant,

@@ -56,7 +56,7 @@ def _against_epsilon(plan: "Audit", rows: Sequence[Row]) -> Any:
         _chance(axis, rows, line)
         axis.set_title(f"{' '.join(line).strip()}\n{lines(rows)[line]}", fontsize=9)
         axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     if by_unit and shown:
         axes[0].legend(fontsize=8, title="unit", title_fontsize=8)
     return figure
