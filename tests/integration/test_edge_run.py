@@ -176,7 +176,7 @@ def test_real_clients_add_up_under_masks_to_the_same_bits_and_tell_no_counts(
     assert ours["privacy"]["secure_aggregation"] is True
     assert ours["student_sha256"] == theirs["student_sha256"]
     assert ours["student"]["federated"] == theirs["student"]["federated"]
-    assert json.loads((tmp_path / "run" / "members.json").read_text()) == {str(n): [1, 1] for n in range(CLIENTS)}
+    assert json.loads((tmp_path / "run" / "clients.json").read_text()) == {str(n): [1, 1] for n in range(CLIENTS)}
     for number in range(CLIENTS):
         sent = [line for line in federation.audit(number) if line["way"] == "sent" and line["kind"] == "train"]
         assert [line["records"]["update"]["shapes"].keys() for line in sent] == [{"masked"}]
