@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.config import load_config
+from simulations.audits.audit_file import read_audit
 from simulations.cli import describe_keys, keys_table
 from simulations.sweep_file import read_sweep
 
@@ -27,7 +28,9 @@ SWEEPS = ("ablation", "glue", "teachers", "tiers")
 AUDITS = ("membership", "privacy")
 
 
-@pytest.mark.parametrize("path", [path for path in PRESETS if path.stem not in SWEEPS + AUDITS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [one for one in PRESETS if one.stem not in SWEEPS + AUDITS], ids=lambda path: path.stem
+)
 def test_every_preset_loads(path):
     """A preset is named after its task; one for a file of the user's own, which has none, after what is in the file."""
     config = load_config(path)
@@ -37,3 +40,10 @@ def test_every_preset_loads(path):
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.stem in SWEEPS], ids=lambda path: path.stem)
 def test_every_preset_of_a_sweep_loads(path):
     assert len({run.seed for run in read_sweep(path).runs}) == 3
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_every_preset_of_an_audit_loads(name):
+    audit = read_audit(ROOT / "simulations" / "presets" / f"{name}.toml")
+    assert len({run.seed for run in audit.plan.runs}) == 3
+    assert len(audit.attacks) > 2
