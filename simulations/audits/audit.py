@@ -1,7 +1,7 @@
 """``fedistill audit``: attacks on federations, each in the arms that are compared, and what the defences cost.
 
 An audit's folder holds ARM/TASK/seed-N with config.toml, a file of rows for each attack that is done and what attacks
-keep to go on from; above them rows.parquet, audit.md and the plots, after every attack anew.
+keep to go on from; above them rows.parquet and audit.md, after every attack anew, and at the end the plots.
 """
 
 import json
@@ -17,7 +17,7 @@ from common.errors import InputError, Interrupted
 from common.progress import Progress
 from common.section import Scalar
 from common.store import write_atomically
-from server.run_folder import check_resumed, finite
+from server.run_folder import finite
 from simulations.audits.attack import Attack, Row
 from simulations.audits.audit_file import Audit
 from simulations.audits.figures import attack_sheets, wide_sheet
@@ -49,7 +49,7 @@ def audit(plan: Audit, out: Path) -> list[Row]:
         raise Interrupted from None
     for sheet in attack_sheets(rows, tuple(plan.plan.arms)):
         show(console, sheet)
-    for path in write(plan, rows, out):
+    for path in (*write(plan, rows, out), *plot(plan, rows, out)):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return rows
 
@@ -60,10 +60,10 @@ def _check(plan: Audit, out: Path) -> None:
         raise InputError(f"--out {out}: a file; give a folder")
     for run in plan.plan.runs:
         folder = out / run.folder
-        if (kept := folder / "config.toml").is_file():
-            check_resumed(load_config(kept), run.config, folder)
-            if load_config(kept) != run.config:
-                raise InputError(f"{folder}: an audit of other rounds; give another --out")
+        if (kept := folder / "config.toml").is_file() and (before := load_config(kept)) != run.config:
+            old, new = before.flat(), run.config.flat()
+            told = ", ".join(f"{key} = {new[key]!r} (was {old[key]!r})" for key in old if old[key] != new[key])
+            raise InputError(f"{folder}: an audit of other keys: {told}; give another --out")
 
 
 def _run(plan: Audit, out: Path, progress: Progress) -> list[Row]:
@@ -130,11 +130,11 @@ def _said(name: str, rows: Sequence[Row]) -> str:
 
 
 def write(plan: Audit, rows: Sequence[Row], out: Path) -> list[Path]:
-    """rows.parquet, audit.md and the plots, of the rows so far."""
+    """rows.parquet and audit.md, of the rows so far."""
     arms = tuple(plan.plan.arms)
     write_atomically(out / "rows.parquet", parquet(rows))
     write_atomically(out / "audit.md", markdown(wide_sheet(rows, arms)).encode())
-    return [out / "rows.parquet", out / "audit.md", *plot(plan, rows, out)]
+    return [out / "rows.parquet", out / "audit.md"]
 
 
 def parquet(rows: Sequence[Mapping[str, Scalar | None]]) -> bytes:

@@ -108,7 +108,7 @@ def test_after_a_stop_only_what_is_missing_is_trained(done, file, monkeypatch, c
 
 def test_other_keys_or_options_are_not_mixed_in(done, file):
     out, _ = done
-    with pytest.raises(InputError, match=r"client\.epochs = 4 \(was 3\)"):
+    with pytest.raises(InputError, match=r"client\.epochs = 4 \(was 1\)"):
         audit(read_audit(file, ["client.epochs=4"]), out)
     with pytest.raises(InputError, match=r"rmia\.json: with other options .*gamma = 1\.05"):
         audit(read_audit(file, options=["rmia.gamma=2"]), out)
