@@ -153,7 +153,7 @@ def _stage(message: Message, context: Context, work: Callable[[Member], Any]) ->
         if _is_over(instruction):
             raise PhaseOver
         members = members_of(cache / FOLDER, instruction, config.privacy.secure_threshold)
-        content = pack_told(*say(members, work))
+        content = mark_answer(pack_told(*say(members, work)), instruction, message.metadata.message_type)
         _finished(instruction)(len(instruction.clients))
         return Message(content, reply_to=message)
 
