@@ -494,7 +494,9 @@ class FederatedDistillation(Strategy):
 
 
 def _mean_losses(intake: Intake) -> dict[str, float]:
-    """Over the examples of all clients in the sum."""
+    """Over the examples of all clients in the sum; none where nobody is."""
+    if not intake.examples:
+        return {}
     lines = sorted(intake.lines, key=lambda line: line.client)
     return {
         name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples for name in LOSSES
