@@ -14,6 +14,8 @@ from tests.conftest import make_reviews
 
 ATTACKS = ["utility", "teacher", "loss", "lira", "rmia", "fedmia", "votes"]
 
+pytestmark = pytest.mark.integration  # it trains many tiny models
+
 
 @pytest.fixture(scope="module")
 def file(tiny_teacher, tmp_path_factory):
