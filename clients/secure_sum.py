@@ -145,10 +145,11 @@ class Member:
             state = self._state()
             if "noise" not in state:
                 self._save(state := state | {"noise": secrets.token_hex(32)})
-        sigma, found = deviation * SCALE, {}
+        # a member knows its own part: the others' must be enough without it
+        sigma, others, found = deviation * SCALE, state["threshold"] - 1, {}
         for name, part in sums.items():
             key = hashlib.sha256(bytes.fromhex(state["noise"]) + name.encode()).digest()
-            found[name] = part + distributed_noise(part.shape, sigma, self.question.threshold, key)
+            found[name] = part + distributed_noise(part.shape, sigma, others, key)
         return found
 
     def reveal(self) -> dict[str, Any]:

@@ -97,6 +97,11 @@ def _what_unit_example_allows(config: Keys) -> None:
         "distill.prior-correction = true: the labels of all are in each example's loss": distill.prior_correction,
         "client.grow-batch = true: a lot stays as large as privacy.lot": config.client.grow_batch,
         "privacy.distributed-noise = true: that is of privacy.unit = 'client'": keys.distributed_noise,
+        f"student.dropout = {student.dropout}: its masks depend on the examples beside one": student.dropout > 0,
+        f"client.max-seconds = {config.client.max_seconds}: when it stops tells of the lots":
+            config.client.max_seconds > 0,
+        f"client.energy-budget = {config.client.energy_budget}: when it stops tells of the lots":
+            config.client.energy_budget > 0,
     }  # fmt: skip
     for other, found in against.items():
         if found:
@@ -109,6 +114,15 @@ def _secure_aggregation(config: Keys) -> None:
         raise ValueError(
             "privacy.distributed-noise = true: each client adds a part of the noise to its words of a secure sum; give "
             "privacy.secure-aggregation = true and privacy.unit = 'client'"
+        )
+    if privacy.distributed_noise and not (privacy.epsilon or privacy.noise_multiplier):
+        raise ValueError(
+            "privacy.distributed-noise = true: there is no noise to share; give privacy.epsilon or noise-multiplier"
+        )
+    if privacy.distributed_noise and privacy.scores_share:
+        raise ValueError(
+            f"privacy.scores-share = {privacy.scores_share}: the server noises scores, and with "
+            "privacy.distributed-noise = true it is to see nothing without noise; give one of them"
         )
     if privacy.distributed_noise and privacy.adaptive_clip:
         raise ValueError(

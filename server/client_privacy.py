@@ -30,12 +30,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from common.accounting import Steps, noise_for_all, spent
 from common.clipping import BELOW, BELOW_SHAPE, slack
 from common.config import Config
 from common.errors import InputError
 from common.fixed_point import LIMIT, SCALE, mean
+from common.secure_sum import LEAST
 from common.wire import Shapes
 from server.gaussian import MOST, gaussian
 from server.ledger import LEDGER, Charge, Ledger, Released
@@ -44,6 +46,7 @@ LEARNING_RATE = 0.2  # of the clip norm's logarithm; Andrew et al. 2021, section
 SHARE = 20  # of the cohort that sigma_b is: the same
 ALL = 0.99  # of an epsilon: what is left buys no round that is not noise alone
 CLIP_NORM = "next clip norm"  # beside a released update
+NEGLIGIBLE = 0.01  # of delta
 SMALLEST = 16.0  # a clip norm is so many times what rounding can add
 
 Totals = Mapping[str, NDArray[np.int64]]
@@ -105,6 +108,7 @@ class ClientPrivacy:
             target = (keys.epsilon or self._spent(whole, 1.0 - share) / (1.0 - share)) * share
             scorings = self._scorings(left - self.released.has("scores", done + 1))
             self.noise_scores = self._noise("scores", scorings, target, share)
+        self._check_cohorts()
         deviation = max(self._update_noise() * self.clip_norm, self._below_noise()) * self.factor
         if deviation * SCALE > MOST:
             raise InputError(
@@ -187,6 +191,22 @@ class ClientPrivacy:
     def population(self) -> int:
         """How many clients the federation has whose noise this is."""
         return round(self.clients / self.factor)
+
+    def _check_cohorts(self) -> None:
+        """A secure sum of fewer than `LEAST` is nothing at all, and one more client would then show all of them.
+
+        Raises:
+            InputError: the chance of such a cohort is not negligible beside delta.
+        """
+        if not self.keys.secure_aggregation:
+            return
+        chance = float(binom.cdf(LEAST - 1, self.clients, self.rate)) * self.config.rounds
+        target = self.keys.epsilon or self.planned(self.config.rounds)
+        if chance and not chance * (1.0 + math.exp(min(target, 700.0))) <= NEGLIGIBLE * self.keys.delta:
+            raise InputError(
+                f"server.cohort = {self.config.server.cohort}: fewer than {LEAST} of {self.clients} clients may be "
+                "drawn, whose secure sum is none; give more, or 0: all of them"
+            )
 
     def _spent(self, steps: Sequence[Steps], share: float) -> float:
         return spent(steps, delta=self.keys.delta * share, accountant=self.keys.accountant)

@@ -23,7 +23,7 @@ def privacy_block(federation: Any, history: Any) -> dict[str, Any]:
 def spending(privacy: ClientPrivacy) -> dict[str, Any]:
     """What a run whose unit is a client has spent so far."""
     keys = privacy.keys
-    holds = privacy.noise > 0.0 and privacy.population <= privacy.clients
+    holds = privacy.noise > 0.0 and not keys.noise_cohort
     found: dict[str, Any] = {
         "unit": "client",
         "epsilon": privacy.epsilon,
@@ -70,7 +70,8 @@ def spending_of_examples(keys: PrivacyKeys, before: Mapping[str, Any], lines: Se
     words = [
         "holds for a client's update, towards the server too; lots and noise come from the operating system's entropy, "
         "so the run cannot be reproduced bit for bit",
-        "epsilon is the largest over clients, each with its own noise; lifetime_epsilon is over all runs in its ledger",
+        "epsilon is the largest over clients whose answers were taken, each with its own noise; lifetime_epsilon is "
+        "over all runs in its ledger",
         "the clients' scores are exact and not protected",
     ]
     if not noisy:
@@ -102,7 +103,9 @@ def told(privacy: ClientPrivacy, done: int) -> Iterator[str]:
 def _note(privacy: ClientPrivacy) -> str:
     keys = privacy.keys
     what = "students and metrics.jsonl" if keys.scores_share else "students"
-    towards = "" if keys.distributed_noise else " but the server"
+    # the server draws the cohort, and members of a secure sum know each other: towards them no chance counts
+    towards = "" if keys.distributed_noise and privacy.rate == 1.0 else " but the server"
+    towards += " and those who are in a cohort" if keys.secure_aggregation and privacy.rate < 1.0 else ""
     words = [f"holds for the {what}, towards everybody{towards}"]
     if keys.noise_cohort:
         words = [

@@ -292,7 +292,8 @@ class FederatedDistillation(Strategy):
             self._count(phase)
             for client in phase.accepted:
                 federation.held[client].add(name)
-            self.folder.add_line({"round": number, "phase": "supply", "clients": len(lacking), **phase.faults()})
+            if self.method.privacy is None:  # else nobody is told who is in a cohort
+                self.folder.add_line({"round": number, "phase": "supply", "clients": len(lacking), **phase.faults()})
 
     def _ask(
         self, kind: str, number: int, clients: Sequence[int], grid: Grid, *, goal: int | None = None

@@ -42,3 +42,22 @@ def test_keys_of_unit_client_need_it(key):
 @pytest.mark.parametrize("packing", ["auto", "off"])
 def test_rules_that_follow_the_mean_are_fine(name, packing):
     from_flat({**CLIENT, "server.strategy": name, "server.packing": packing, "privacy.adaptive-clip": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"unit": "client", "scores-share": 0.2, "epsilon": 8.0}, r"privacy\.scores-share = 0\.2"),
+        ({"unit": "client"}, "there is no noise to share"),
+    ],
+)
+def test_noise_that_clients_share_leaves_none_to_the_server(keys, told):
+    shared = {"secure-aggregation": True, "distributed-noise": True}
+    with pytest.raises(InputError, match=told):
+        from_flat({f"privacy.{name}": value for name, value in {**shared, **keys}.items()})
+
+
+@pytest.mark.parametrize("key", ["student.dropout", "client.max-seconds", "client.energy-budget"])
+def test_an_example_moves_no_more_than_its_own_gradient(key):
+    with pytest.raises(InputError, match=rf"privacy\.unit = 'example' does not fit {key}"):
+        from_flat({"privacy.unit": "example", "privacy.epsilon": 8.0, key: 0.5})

@@ -294,3 +294,11 @@ def test_counts_are_noised_by_what_a_client_can_add_to_both_tables():
         assert counts.std() == pytest.approx(mechanism.noise_scores * 8 * math.sqrt(2), rel=0.02)
     nothing = {"student": np.zeros(1000, np.int64)}
     assert mechanism.release_statistics(2, nothing, 1.0)["student"].min() == 0
+
+
+def test_cohorts_that_may_be_too_few_for_a_secure_sum_are_refused():
+    """Of 20 with a chance of a quarter, two or fewer come every eleventh time; all of them always are enough."""
+    keys = {"privacy__secure_aggregation": True, "privacy__noise_multiplier": 1.0}
+    with pytest.raises(InputError, match=r"server\.cohort = 5: fewer than 3 of 20 clients may be drawn"):
+        privacy(**keys)
+    privacy(**keys, server__cohort=0)
