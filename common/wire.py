@@ -199,7 +199,8 @@ def mark_answer(content: RecordDict, instruction: Instruction, kind: str) -> Rec
 
 def check_answer(content: RecordDict, run: str, round_number: int, kind: str) -> None:
     """Raise `WireError` for the answer to another question, as of an earlier round."""
-    record = content.get("clients")
+    _config_text(content, "clients")
+    record = content["clients"]
     told = record.get("answers") if isinstance(record, ConfigRecord) else None
     if told != _question(run, round_number, kind):
         raise WireError("its answer is to another question")
