@@ -50,7 +50,7 @@ def test_canary_clients_are_found_and_stay_below_their_epsilon_under_noise(lab):
     plain = bounds(ClientCanaries(), lab())
     assert list(plain) == ["any scores"]
     assert plain["any scores"]["success"] > 2.0 and plain["any scores"]["right"] == plain["any scores"]["guesses"]
-    noised = bounds(ClientCanaries(canaries=200), lab(**CLIENT))
+    noised = bounds(ClientCanaries(canaries=600), lab(**CLIENT))
     claimed = noised["any scores"]["chance"]
     assert 0.0 < noised["any scores"]["success"] < claimed
     assert 0.4 * claimed < noised["normal scores"]["success"] < claimed
