@@ -27,7 +27,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from common.accounting import Steps, spent
-from common.store import draft_of, write_atomically
+from common.store import draft_of, sync_folder, write_atomically
 
 NAME, LAST = "ledger.jsonl", "last"
 ROUNDING = 1e-6  # relative: what is calibrated to a budget may reach it
@@ -144,8 +144,8 @@ class Ledger:
             with draft_of(self.folder) as draft:
                 write_atomically(draft / NAME, b"")
                 write_atomically(draft / LAST, b"")
-                _sync(draft)
-            _sync(self.folder.parent)
+                sync_folder(draft)
+            sync_folder(self.folder.parent)
 
     def _read(self) -> tuple[list[Entry], str]:
         """All lines, and the hash of the last."""
@@ -180,7 +180,7 @@ class Ledger:
         line = entry.line(last)
         _write_through(self.folder / NAME, line.encode())
         write_atomically(self.folder / LAST, json.loads(line)["hash"].encode())
-        _sync(self.folder)
+        sync_folder(self.folder)
 
 
 def data_hash(keys: NDArray[np.uint8]) -> str:
@@ -215,14 +215,5 @@ def _write_through(path: Path, data: bytes) -> None:
         except OSError:
             os.ftruncate(handle, size)
             raise
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -42,6 +42,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk: only then does a rename, or a new file, outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def build_folder(target: Path) -> Iterator[Path | None]:
     """Build a folder once: yields an empty folder to fill, or None when ``target`` is there already.

@@ -19,6 +19,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from common.hashing import hash_file
+from common.store import sync_folder
 
 SUMS = "SHA256SUMS"
 
@@ -65,11 +66,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         sums = [f"{hash_file(path)}  {path.name}\n" for path in sorted(draft.iterdir())]
         _write(draft / SUMS, "".join(sums).encode())
         draft.chmod(0o755)
-        _sync(draft)
+        sync_folder(draft)
         if target.exists():  # a damaged one, whose round was done again
             shutil.rmtree(target)
         draft.rename(target)
-        _sync(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -127,12 +128,3 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
     except OSError as error:  # of a full disk it names no file
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _sync(folder: Path) -> None:
-    """A rename lasts once the folder itself is on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

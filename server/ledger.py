@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from common.accounting import Steps
 from common.errors import InputError
-from common.store import write_atomically
+from common.store import sync_folder, write_atomically
 
 LEDGER = "privacy.jsonl"  # in a run's folder
 
@@ -72,7 +72,7 @@ class Ledger:
             stream.flush()
             os.fsync(stream.fileno())
         if new:
-            _sync(self.path.parent)
+            sync_folder(self.path.parent)
 
     def steps(self, what: str) -> list[Steps]:
         """The charges of a kind as `common.accounting` takes them."""
@@ -120,11 +120,3 @@ def _read(path: Path) -> list[Charge]:
         return [Charge(**json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError):
         raise InputError(f"{path}: not a ledger of what the run has spent; put it back as it was") from None
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -50,7 +50,7 @@ def run_federation(
     finally:
         strategy.put_weights_into_student()
         strategy.tell_privacy()
-        summary = summarise(federation, strategy.history, status, folder.seconds)
+        summary = summarise(federation, strategy.journal.history, status, folder.seconds)
         with suppress(OSError) if status == "failed" else nullcontext():  # a full disk has no room for it either
             folder.save_summary(summary)
             write_report(folder.path)

@@ -4,7 +4,6 @@ Flower's `Strategy.start` drives the rounds: train, evaluate, validate at the se
 asks for, what enters its sums and what is written down.
 """
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +20,10 @@ from common.errors import InputError, RunFailed
 from common.hashing import runtime_fingerprint
 from common.importance import MOST
 from common.keys import KEEPING, PUBLIC
-from common.metrics import scores
 from common.noise import SQUARES
 from common.progress import Progress
 from common.secure_sum import LEAST
-from common.wire import LOSSES, SPENT, ClientLine, unpack_lines, unpack_sums
+from common.wire import ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
@@ -36,15 +34,16 @@ from server.edge_exchange import EdgeExchange
 from server.exchange import NAMES, Exchange, StreamingGrid
 from server.feddf import FedDF
 from server.growth import Growth
-from server.history import History, client_spread, retention
+from server.history import History, client_spread
 from server.intake import Intake, Summed
+from server.journal import Journal, mean_losses
 from server.method import Averaging
 from server.noised_scores import NoisedScores, check_counts
 from server.phase import Phase
 from server.preparation import Federation
-from server.privacy_report import spending, spending_of_examples, told
+from server.privacy_report import spending, told
 from server.run_folder import RunFolder
-from server.scoring import WHO, TieredScores, tier_rows
+from server.scoring import WHO, TieredScores
 from server.secure_sum import MaskedWords, SecureSum, layout_of
 from server.student import Width, choose_width, narrow_student, random_width
 from server.supplies import files_of
@@ -75,7 +74,7 @@ class FederatedDistillation(Strategy):
     ) -> None:
         self.federation, self.config, self.data = federation, federation.config, federation.data
         self.folder, self.progress, self.nodes = folder, progress, nodes
-        self.history = History()
+        self.journal = Journal(federation, folder, quiet=self.config.privacy.unit == "client")
         self.weights = federation.weights()
         self.optimizer: dict[str, Any] = {}
         self.continued = False  # from a checkpoint, perhaps the one before round 1
@@ -92,7 +91,7 @@ class FederatedDistillation(Strategy):
         method = METHODS.get(self.config.server.strategy, Averaging)
         self.method = method(federation, progress, self.exchange.tick, folder.add_line)
         secure = self.config.privacy.secure_aggregation
-        self.secure = SecureSum(self.exchange, self.config, self._count) if secure else None
+        self.secure = SecureSum(self.exchange, self.config, self.journal.count) if secure else None
         if folder.resumed:
             self._continue()
         if self.method.privacy is not None:
@@ -136,13 +135,13 @@ class FederatedDistillation(Strategy):
         messages = self._ask("query.weigh", 0, cohort, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
         phase = self.exchange.collect(grid, replies, (masked or intake).take)
-        self._count(phase)
+        self.journal.count(phase)
         self._check_losses(phase)
         if self.secure is not None and masked is not None:
             opened = self.secure.open(masked, phase.accepted, grid)
             intake.put(opened.group("update"), opened.lines, opened.examples)
         self._keep(choose_width(self.config, **intake.update()))
-        self.folder.add_line({"round": 0, "phase": "weigh", "clients": len(intake.lines), **phase.faults()})
+        self.journal.note(phase, "weigh", len(intake.lines))
 
     def _keep(self, width: Width) -> None:
         """Go on with the narrower student."""
@@ -195,13 +194,15 @@ class FederatedDistillation(Strategy):
         except ValueError as error:
             raise RunFailed(f"round {number}: {error}") from None
         finally:
-            self._count(phase)
+            self.journal.count(phase)
         if phase.surplus:
             self.cohort = tuple(sorted(phase.accepted))
-        grown = self._grow(update, intake)
+        extra = self._grow(update, intake)
         if keys.wire != "fp32" or keys.strategy in KEEPING:
             self.exchange.feedback.update(dict.fromkeys(phase.accepted, number))
-        self._record_training(phase, intake, losses or _mean_losses(intake), grown)
+        if self.method.privacy is not None:  # what is not noised is not told
+            extra = {"clip_norm": self.exchange.clip_norm, "noise_multiplier": self.method.privacy.noise}
+        self.journal.training(phase, intake, losses or mean_losses(intake), extra)
         moved = self.method.step(number, self.weights, update, intake, self.optimizer)
         self.weights = mean_of_last(self.config, number, moved, self.optimizer)
         return None, None
@@ -226,7 +227,7 @@ class FederatedDistillation(Strategy):
         if self.secure is not None:
             masked = MaskedWords(layout_of(dict.fromkeys(WHO, intake.shapes)))
         phase = self.exchange.collect(self.grid, replies, (masked or intake).take)
-        self._count(phase)
+        self.journal.count(phase)
         if self.scores_are_exact:
             self._check_losses(phase)
         spread = None
@@ -237,7 +238,8 @@ class FederatedDistillation(Strategy):
                 intake.put({who: opened.group(who)["statistics"] for who in WHO}, opened.lines)
             except ValueError as error:
                 raise RunFailed(f"round {phase.round}: {error}") from None
-        self._record_scores(phase, intake, spread or client_spread([line.score for line in intake.lines]))
+        spread = spread or client_spread([line.score for line in intake.lines])
+        self.journal.scoring(phase, intake, spread if self.scores_are_exact else {})
         return None
 
     def summary(self) -> None:
@@ -265,7 +267,7 @@ class FederatedDistillation(Strategy):
     def tell_privacy(self) -> None:
         """Bring the history up to what was spent."""
         if self.method.privacy is not None:
-            self.history.privacy = spending(self.method.privacy)
+            self.journal.history.privacy = spending(self.method.privacy)
 
     @property
     def scores_are_exact(self) -> bool:
@@ -289,11 +291,10 @@ class FederatedDistillation(Strategy):
             messages = self.exchange.open("query.supply", number, lacking, grid=grid, arrays=files_of(folder), info="")
             replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
             phase = self.exchange.collect(grid, replies, _take_lines)
-            self._count(phase)
+            self.journal.count(phase)
             for client in phase.accepted:
                 federation.held[client].add(name)
-            if self.method.privacy is None:  # else nobody is told who is in a cohort
-                self.folder.add_line({"round": number, "phase": "supply", "clients": len(lacking), **phase.faults()})
+            self.journal.note(phase, "supply", len(lacking))
 
     def _ask(
         self, kind: str, number: int, clients: Sequence[int], grid: Grid, *, goal: int | None = None
@@ -306,7 +307,9 @@ class FederatedDistillation(Strategy):
             clients = () if few else self.secure.begin(kind.removeprefix("query."), number, clients, grid)
             goal = None
         arrays = self.method.sends(kind, number, self.weights, self.optimizer)
-        return self.exchange.open(kind, number, clients, grid=grid, arrays=arrays, info=self._latest(), goal=goal)
+        return self.exchange.open(
+            kind, number, clients, grid=grid, arrays=arrays, info=self.journal.latest(), goal=goal
+        )
 
     def _teach(self, number: int, clients: Sequence[int], grid: Grid) -> None:
         """Have the teacher's outputs computed where they may not be on disk: once per client and run."""
@@ -316,10 +319,9 @@ class FederatedDistillation(Strategy):
         messages = self._ask("query.teach", number, new, grid)
         replies = grid.send_and_receive(messages, timeout=self.config.server.round_timeout)
         phase = self.exchange.collect(grid, replies, _take_lines)
-        self._count(phase)
+        self.journal.count(phase)
         self.taught.update(phase.accepted)
-        if self.method.privacy is None:  # else nobody is told who is in a cohort
-            self.folder.add_line({"round": number, "phase": "teach", "clients": len(new), **phase.faults()})
+        self.journal.note(phase, "teach", len(new))
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
@@ -327,18 +329,15 @@ class FederatedDistillation(Strategy):
         self.put_weights_into_student()
         if self.continued and not server_round:
             return None  # the checkpoint that this run continues from has it
-        history = self.history
         federation = self.federation
-        history.tier_validation = [
+        found = [
             validate(tier.model, federation.pupil.data, federation.compute, self.progress, self.exchange.tick)
             for tier in federation.tiers.tiers
         ]
-        history.validation = history.tier_validation[-1]
-        line = {"round": number, "phase": "validation", "student": history.validation}
-        self.folder.add_line({**line, **self._by_tier("validation", history.tier_validation)})
+        self.journal.validation(number, found)
         self.save(number)
         if number:
-            self.progress.line(f"round {number}/{self.config.rounds}: {self._verdict()}")
+            self.progress.line(f"round {number}/{self.config.rounds}: {self.journal.verdict()}")
         return None
 
     def put_weights_into_student(self) -> None:
@@ -351,9 +350,10 @@ class FederatedDistillation(Strategy):
 
     def save(self, number: int) -> None:
         """Write the checkpoint of a round."""
+        history = self.journal.history
         state = {
             "run": self.exchange.run,
-            "history": {**asdict(self.history), "seconds": self.folder.seconds + self.history.seconds},
+            "history": {**asdict(history), "seconds": self.folder.seconds + history.seconds},
             "taught": sorted(self.taught),
             "feedback": sorted(self.exchange.feedback.items()),
             "journals": self.folder.lengths(),
@@ -383,7 +383,7 @@ class FederatedDistillation(Strategy):
                 )
         self.continued = True
         self.done, self.weights, self.optimizer = found.round, found.weights, found.optimizer
-        self.history = History(**found.state["history"])
+        self.journal.history = History(**found.state["history"])
         self.taught = set(found.state["taught"])
         self.exchange.run = found.state["run"]
         self.exchange.feedback = dict(found.state["feedback"])
@@ -411,17 +411,7 @@ class FederatedDistillation(Strategy):
             found["threads"] = torch.get_num_threads()
         return found
 
-    # --- what is written down -------------------------------------------------------------------
-
-    def _count(self, phase: Phase) -> None:
-        history = self.history
-        history.failed += len(phase.failed)
-        history.rejected += len(phase.rejected)
-        history.late += len(phase.late)
-        history.retried += len(phase.recovered)
-        history.bytes_up += phase.bytes_up
-        history.bytes_down += phase.bytes_down
-        self.folder.add_costs(phase.costs())
+    # --- what follows from a phase --------------------------------------------------------------
 
     def _check_losses(self, phase: Phase) -> None:
         allowed = self.config.server.max_lost_fraction
@@ -440,68 +430,6 @@ class FederatedDistillation(Strategy):
         told = self.growth.note(update, square, len(intake.lines), intake.examples)
         self.exchange.token_budget = self.growth.budget
         return told
-
-    def _record_training(self, phase: Phase, intake: Intake, losses: dict[str, float], grown: dict[str, Any]) -> None:
-        history = self.history
-        history.rounds = phase.round
-        history.examples += intake.examples * self.config.client.epochs
-        history.train_seconds += phase.seconds
-        if self.method.privacy is not None:  # what is not noised is not told
-            told = {"clip_norm": self.exchange.clip_norm, "noise_multiplier": self.method.privacy.noise}
-            self.folder.add_line({"round": phase.round, "phase": "train", **told})
-            return
-        line = {"round": phase.round, "phase": "train", "clients": len(intake.lines), "examples": intake.examples}
-        if self.config.privacy.unit == "example":  # losses are of private examples, and have no noise
-            history.privacy = spending_of_examples(self.config.privacy, history.privacy, intake.lines)
-            line |= {name: history.privacy[name] for name in SPENT}
-        else:
-            history.losses = losses
-        self.folder.add_line({**line, **history.losses, **grown, **phase.faults()})
-
-    def _record_scores(self, phase: Phase, found: TieredScores, spread: dict[str, float]) -> None:
-        history, spec = self.history, self.data.task.score_spec
-        history.student = scores(spec, found.together("student"))
-        history.teacher = scores(spec, found.together("teacher"))
-        history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
-        history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
-        history.spread = spread if self.scores_are_exact else {}
-        share = retention(history.student, history.teacher, self.data.task.headline)
-        line: dict[str, Any] = {"round": phase.round, "phase": "evaluate"}
-        line |= {"student": history.student, "teacher": history.teacher, "retention": share}
-        if self.method.privacy is None:
-            line |= {"clients": len(found.lines), "spread": history.spread, **phase.faults()}
-        self.folder.add_line({**line, **self._by_tier("federated", history.tier_student)})
-
-    def _by_tier(self, where: str, found: list[dict[str, float]]) -> dict[str, Any]:
-        """The part of a metrics line that only runs with tiers have."""
-        rows = tier_rows(self.federation)
-        return {"tiers": [{**row, where: one} for row, one in zip(rows, found, strict=True)]} if rows else {}
-
-    def _latest(self) -> str:
-        """Loss and score so far, short enough to stand beside a bar."""
-        history, metric = self.history, self.data.task.headline
-        parts = [f"loss {history.losses['loss']:.4f}"] if history.losses else []
-        if history.student:
-            parts.append(f"{metric} {history.student[metric]:.4f}")
-        return ", ".join(parts)
-
-    def _verdict(self) -> str:
-        """What is said after a round: in 80 columns, the share of the teacher's score kept, and validation."""
-        history, metric = self.history, self.data.task.headline
-        share = retention(history.student, history.teacher, metric)
-        kept = "" if math.isnan(share) else f" ({share:.1%} kept)"
-        public = f", validation {history.validation[metric]:.4f}" if metric in history.validation else ""
-        return f"{self._latest()}{kept}{public}"
-
-
-def _mean_losses(intake: Intake) -> dict[str, float]:
-    """Over the examples of all clients in the sum; none where nobody is."""
-    if not intake.examples:
-        return {}
-    lines = sorted(intake.lines, key=lambda line: line.client)
-    return {
-        name: sum((getattr(line, name) or 0.0) * line.examples for line in lines) / intake.examples for name in LOSSES
-    }
 
 
 def _take_lines(content: RecordDict, clients: frozenset[int]) -> tuple[list[ClientLine], dict[int, str]]:
