@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from clients.worker import ClientRefused, Groups, Worker, _kind
+from clients.worker import ClientRefused, Groups, Worker, reason_of
 from common.distributed_noise import distributed_noise
 from common.edge import write_private
 from common.fixed_point import SCALE, Rows, largest_of
@@ -331,4 +331,4 @@ def dense(groups: Groups, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ND
 
 
 def _problem(client: int, error: Exception) -> ClientLine:
-    return ClientLine(client, 0, 0.0, problem=str(error) if isinstance(error, SecureSumError) else _kind(error))
+    return ClientLine(client, 0, 0.0, problem=str(error) if isinstance(error, SecureSumError) else reason_of(error))

@@ -161,7 +161,7 @@ class Worker:
                 count = min(len(self.data.shard(client).train), MOST)
                 total.add({"heads": heads, "neurons": neurons}, count)
             except Exception as error:  # whatever one client's data does, the others go on
-                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
+                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=reason_of(error)))
             else:
                 lines.append(ClientLine(client, count, time.perf_counter() - began))
             finished(1)
@@ -200,7 +200,7 @@ class Worker:
                 else:
                     groups[own_update(client)] = self._compress(update, instruction, client, base, wire)
             except Exception as error:  # whatever one client's data does, the others go on
-                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=_kind(error)))
+                lines.append(ClientLine(client, 0, time.perf_counter() - began, problem=reason_of(error)))
             else:
                 told = {**update.losses, **update.spent}
                 lines.append(ClientLine(client, update.examples, time.perf_counter() - began, **told))
@@ -283,7 +283,7 @@ class Worker:
             return self._score([client], tier)
         except Exception as error:
             nothing = np.zeros(0, dtype=np.int64)
-            return [(ClientLine(client, 0, 0.0, problem=_kind(error)), nothing, nothing)]
+            return [(ClientLine(client, 0, 0.0, problem=reason_of(error)), nothing, nothing)]
 
     def _compress(
         self, update: ClientUpdate, instruction: Instruction, client: int, base: int, wire: Wire
@@ -400,7 +400,7 @@ def _tensor(array: NDArray[np.float32]) -> Any:
         return torch.from_numpy(array)
 
 
-def _kind(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What may be told of an error: our own words, else its kind alone; messages can quote private text."""
     if isinstance(error, NotFinite):
         return NOT_FINITE

@@ -78,7 +78,7 @@ def run_on_ray(serve: Callable[[Any], None], config: Config, client_app: Any = N
             pool.over.set()
             pool.kill_busy()  # nobody waits for them; Flower would
 
-    _start_ray(workers * threads)
+    start_ray(workers * threads)
     _check_room(threads)
     with _in_use(pool):
         run_simulation(
@@ -89,7 +89,7 @@ def run_on_ray(serve: Callable[[Any], None], config: Config, client_app: Any = N
         )
 
 
-def _start_ray(cores: int) -> None:
+def start_ray(cores: int) -> None:
     """Start Ray, or connect to a running cluster, before Flower would.
 
     Ray takes over SIGTERM: a handler set before it must come back.

@@ -60,7 +60,7 @@ def in_foreground(folder: RunFolder, config: Config, work: Work, *, quiet: bool 
     with chatter_in(folder.path / "log.txt") as console:
         progress = Silent() if quiet else progress_for(console)
         try:
-            with _signals(stop) as prepared, told_in(folder, config):
+            with stop_signals(stop) as prepared, told_in(folder, config):
                 summary = work(progress, prepared, stop)
         except (InputError, RunFailed):
             raise
@@ -110,7 +110,7 @@ def _run(federation: Any, folder: RunFolder, progress: Progress, stop: threading
 
 
 @contextmanager
-def _signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
+def stop_signals(stop: threading.Event) -> Iterator[Callable[[], None]]:
     """Ctrl-C and SIGTERM: raise while preparing; during the run only set ``stop``, the server thread sees it.
 
     The kernel may give a signal to any thread, and Python's own handler waits for the main one, which during the run

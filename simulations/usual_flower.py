@@ -32,8 +32,8 @@ from common.store import cache_folder
 from server.preparation import Federation
 from simulations.bare_loop import ROUND, Lap, distillation_loss, learning_rate
 from simulations.display import chatter_in
-from simulations.runtime import OFFLINE, _start_ray, ends_within
-from simulations.simulate import INTERRUPTED, _signals
+from simulations.runtime import OFFLINE, ends_within, start_ray
+from simulations.simulate import INTERRUPTED, stop_signals
 
 BATCH = 32  # 16 and 24 are no faster, 8 and 64 slower
 WARM_UP, TIMED = 1, 2  # rounds
@@ -188,10 +188,10 @@ def usual_lap(federation: Federation, cohort: tuple[int, ...], actors: int, fold
 
     stop = threading.Event()
     # a stop ends the process: Flower's own strategy would wait for its clients first
-    with chatter_in(folder / "log.txt"), _signals(stop) as prepared, ends_within(stop, 0.5, INTERRUPTED):
+    with chatter_in(folder / "log.txt"), stop_signals(stop) as prepared, ends_within(stop, 0.5, INTERRUPTED):
         strategy = TimedFedAvg(start, len(cohort))
         federation.student.save_pretrained(folder / "student")
-        _start_ray(actors)
+        start_ray(actors)
         prepared()
         try:
             run_simulation(

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from simulations.simulate import _signals
+from simulations.simulate import stop_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -18,7 +18,7 @@ def test_a_signal_that_another_thread_takes_stops_the_run_while_the_main_thread_
         seen.append(stop.wait(10))
 
     before = signal.getsignal(number)
-    with _signals(stop) as prepared:
+    with stop_signals(stop) as prepared:
         prepared()
         thread = threading.Thread(target=take)
         thread.start()
@@ -31,7 +31,7 @@ def test_other_signals_stop_nothing():
     stop = threading.Event()
     usual = signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
-        with _signals(stop) as prepared:
+        with stop_signals(stop) as prepared:
             prepared()
             signal.raise_signal(signal.SIGUSR1)
             assert not stop.wait(0.2)
@@ -40,5 +40,5 @@ def test_other_signals_stop_nothing():
 
 
 def test_a_signal_while_preparing_raises():
-    with pytest.raises(KeyboardInterrupt), _signals(threading.Event()):
+    with pytest.raises(KeyboardInterrupt), stop_signals(threading.Event()):
         signal.raise_signal(signal.SIGINT)
