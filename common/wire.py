@@ -5,9 +5,7 @@ and a line of numbers per client. Nothing received is trusted: kind, dtype, shap
 compared with what is expected before its bytes are looked at.
 """
 
-import io
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
+from common.array_bytes import WireError, decode, decode_any, row_numbers
 from common.fixed_point import Rows
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,10 +27,6 @@ SPENT = ("epsilon", "lifetime_epsilon")
 MODEL_FILE = re.compile(r"[a-z_]{1,40}\.(json|txt|safetensors|model)")  # a name that a file of a model has
 MAX_HELD = 1000  # hashes of models that a client may say it has
 NOT_FINITE = "update is not finite"  # a `ClientLine.problem` that means refused, not failed
-
-
-class WireError(ValueError):
-    """What arrived is not what was asked for; the message names the record or array, never its values."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +251,7 @@ def _some_update(content: RecordDict, group: str, shapes: Shapes) -> dict[str, N
     if not isinstance(record, ArrayRecord):
         raise WireError(f"record {group!r}: not there or no arrays")
     index = {
-        name: _row_numbers(record[f"{name}|rows"], f"{group}/{name}|rows", shape)
+        name: row_numbers(record[f"{name}|rows"], f"{group}/{name}|rows", shape)
         for name, shape in shapes.items()
         if f"{name}|rows" in record
     }
@@ -300,7 +295,7 @@ def unpack_files(content: RecordDict) -> dict[str, bytes]:
     for name, array in record.items():
         if not MODEL_FILE.fullmatch(name):
             raise WireError(f"files: {_printable(name)}: not a name that a model's file has")
-        data = _decode_any(array, name)
+        data = decode_any(array, name)
         if data.dtype != np.uint8 or data.ndim != 1:
             raise WireError(f"files: {name}: not bytes")
         files[name] = data.tobytes()
@@ -325,7 +320,7 @@ def unpack_own_update(content: RecordDict, client: int) -> dict[str, NDArray[Any
     record = content.get(own_update(client))
     if not isinstance(record, ArrayRecord):
         raise WireError(f"record {own_update(client)!r}: not there or no arrays")
-    return {name: _decode_any(array, f"{own_update(client)}/{_printable(name)}") for name, array in record.items()}
+    return {name: decode_any(array, f"{own_update(client)}/{_printable(name)}") for name, array in record.items()}
 
 
 def only_updates_of(content: RecordDict, clients: Iterable[int]) -> None:
@@ -371,75 +366,12 @@ def _arrays(content: RecordDict, name: str, shapes: Shapes, dtype: np.dtype[Any]
     if set(record) != set(shapes):
         missing, extra = sorted(set(shapes) - set(record)), len(set(record) - set(shapes))
         raise WireError(f"record {name!r}: {len(missing)} arrays missing ({', '.join(missing[:3])}), {extra} unknown")
-    return {key: _decode(record[key], f"{name}/{key}", shapes[key], dtype) for key in shapes}
-
-
-def _row_numbers(array: Array, where: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Ascending numbers of rows that an array of this shape has."""
-    rows = _decode_any(array, where)
-    if rows.dtype != np.int64 or rows.ndim != 1 or not shape or len(rows) > shape[0]:
-        raise WireError(f"{where}: not a list of at most {shape[0] if shape else 0} row numbers")
-    if len(rows) and (rows[0] < 0 or rows[-1] >= shape[0] or (np.diff(rows) <= 0).any()):
-        raise WireError(f"{where}: not ascending numbers from 0 to {shape[0] - 1}")
-    return rows
-
-
-def _decode(array: Array, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The array behind ``np.save`` bytes; the header is read and compared before memory is asked for."""
-    size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    if array.stype != "numpy.ndarray" or len(array.data) > size + 1024:
-        raise WireError(f"{where}: {len(array.data)} bytes of kind {str(array.stype)[:20]!r}; expected about {size}")
-    found_shape, fortran, found, start = _header(array.data, where)
-    if found != dtype or found_shape != tuple(shape) or fortran:
-        # numbers of a hostile header can be too long to print
-        claimed = found_shape[:4] if all(abs(size) < 2**63 for size in found_shape) else "beyond 64 bits"
-        order = "Fortran" if fortran else "C"
-        raise WireError(
-            f"{where}: {found.str} of shape {claimed} in {order} order; expected {dtype.str} of shape {tuple(shape)}"
-        )
-    if len(array.data) - start != size:
-        raise WireError(f"{where}: {len(array.data) - start} bytes of data; expected {size}")
-    return np.frombuffer(array.data, dtype=dtype, offset=start).reshape(shape)
-
-
-def _decode_any(array: Array, where: str) -> NDArray[Any]:
-    """An array of numbers whose shape is not known beforehand: it must fit the bytes that came."""
-    if array.stype != "numpy.ndarray":
-        raise WireError(f"{where}: {len(array.data)} bytes of kind {str(array.stype)[:20]!r}")
-    shape, fortran, dtype, start = _header(array.data, where)
-    count = math.prod(shape)  # Python's own integers: a hostile shape must not wrap around
-    whole = (
-        all(type(size) is int and size >= 0 for size in shape)
-        and len(shape) <= 4
-        and dtype.kind in "iuf"
-        and not fortran
-    )
-    if not whole or count * dtype.itemsize != len(array.data) - start:
-        raise WireError(f"{where}: the header does not describe the {len(array.data) - start} bytes of data")
-    try:
-        return np.frombuffer(array.data, dtype=dtype, offset=start, count=count).reshape(shape)
-    except ValueError:  # an empty array may claim any other size
-        raise WireError(f"{where}: a shape that no array has") from None
+    return {key: decode(record[key], f"{name}/{key}", shapes[key], dtype) for key in shapes}
 
 
 def _printable(name: str) -> str:
     """A name that somebody else has chosen, fit for a message."""
     return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
-
-
-def _header(data: bytes, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, Fortran order, dtype and where the data start."""
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise WireError(f"{where}: array format {version}; expected (1, 0)")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except WireError:
-        raise
-    except Exception as error:  # a hostile header can raise anything
-        raise WireError(f"{where}: no readable array header ({type(error).__name__})") from None
-    return tuple(shape), fortran, dtype, stream.tell()
 
 
 def _client_lines(text: str, clients: frozenset[int]) -> list[ClientLine]:

@@ -9,13 +9,14 @@ from typing import Any
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
+from common.array_bytes import WireError
 from common.config import Config
 from common.errors import Interrupted, RunFailed
 from common.keys import AT_CLIENTS
 from common.progress import Progress
 from common.tasks import Task
 from common.version import FEDISTILL
-from common.wire import Instruction, Joined, WireError, pack, unpack_joined
+from common.wire import Instruction, Joined, pack, unpack_joined
 from server.reply import reason_of
 
 POLL_SECONDS = 0.1

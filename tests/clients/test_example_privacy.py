@@ -11,10 +11,11 @@ from clients.ledger import NAME, Declined
 from clients.private_steps import Lots
 from clients.worker import Worker
 from common.accounting import epsilon, noise_for
+from common.array_bytes import WireError
 from common.config import from_flat
 from common.errors import InputError
 from common.privacy_keys import PrivacyKeys
-from common.wire import LOSSES, Instruction, WireError, pack_reply, unpack_lines
+from common.wire import LOSSES, Instruction, pack_reply, unpack_lines
 from tests.conftest import make_dataset, make_needs, make_reviews
 
 KEYS = {

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from clients.consensus import ConsensusWorker
+from common.array_bytes import WireError
 from common.config import from_flat
 from common.distillation import learn, learnt
 from common.inference import predict
@@ -18,7 +19,7 @@ from common.public import public_recipe, public_rows
 from common.recipe import make_recipe
 from common.seeding import seed_for
 from common.tiers import group_name
-from common.wire import ClientLine, WireError, pack_reply
+from common.wire import ClientLine, pack_reply
 from server.aggregation import Rejected
 from server.consensus import Consensus
 from server.ensemble import put

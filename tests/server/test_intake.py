@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
+from common.array_bytes import WireError
 from common.compression import Wire, compress, decompress
 from common.config import from_flat
 from common.fixed_point import ExactSum, Rows
-from common.wire import ClientLine, WireError, own_update, pack_arrays, pack_reply
+from common.wire import ClientLine, own_update, pack_arrays, pack_reply
 from server.aggregation import Rejected
 from server.intake import Collected, Streamed, Summed, intake_for
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
+from common.array_bytes import WireError
 from common.config import from_flat
 from common.errors import InputError
 from common.fixed_point import SCALE, ExactSum
 from common.models import load_teacher
 from common.nested import Tiers
 from common.slim import Shape, cut_student
-from common.wire import ClientLine, WireError, pack_reply
+from common.wire import ClientLine, pack_reply
 from server.aggregation import Rejected
 from server.tiered import TieredSum, check_tiers
 
