@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 
 from clients.worker import ClientRefused
-from common.config import Config, from_flat
+from common.config import Config, changed, from_flat
 from common.corpus import Corpus, Table, own_table
 from common.dataset import prepare_dataset
 from common.errors import InputError
@@ -47,6 +47,8 @@ class Home:
         threads: for training; 0: as many as the run says.
         max_seconds, energy_budget, memory_limit: its owner's, as the keys of the same names; where both are given, the
             stricter holds.
+        lifetime_epsilon, delta: what its examples may ever spend of their privacy by training, and the delta that this
+            is of; a run that does not hide examples, or whose delta is larger, is refused. 0: the run's hold alone.
     """
 
     state: Path
@@ -57,6 +59,8 @@ class Home:
     max_seconds: float = 0.0
     energy_budget: float = 0.0
     memory_limit: int = 0
+    lifetime_epsilon: float = 0.0
+    delta: float = 0.0
 
     @classmethod
     def read(cls, state: Path) -> "Home":
@@ -83,7 +87,11 @@ class Home:
         return self.cache / "students"
 
     def config(self, instruction: Instruction) -> Config:
-        """The run's keys, with this device's own in place of the server's."""
+        """The run's keys, with this device's own in place of the server's.
+
+        Raises:
+            ClientRefused: the run does not keep to what its owner says of privacy.
+        """
         flat: dict[str, Any] = json.loads(instruction.config)
         own = {"runtime.cache": str(self.cache), "runtime.workers": 1, "runtime.device": "auto"}
         if self.threads:
@@ -91,7 +99,17 @@ class Home:
         for key, mine in LIMITS.items():
             limits = [limit for limit in (getattr(self, mine), flat.get(key, 0)) if limit]
             own[key] = min(limits, default=0)
-        return from_flat({**flat, **own})
+        config = from_flat({**flat, **own})
+        return self._kept_private(config) if self.lifetime_epsilon else config
+
+    def _kept_private(self, config: Config) -> Config:
+        keys = config.privacy
+        if keys.unit != "example":
+            raise ClientRefused(f"its owner bounds what its examples spend, and privacy.unit = {keys.unit!r} does not")
+        if self.delta and keys.delta > self.delta:
+            raise ClientRefused(f"privacy.delta = {keys.delta:g}; its owner allows {self.delta:g}")
+        least = min(limit for limit in (self.lifetime_epsilon, keys.lifetime_epsilon) if limit)
+        return changed(config, {"privacy.lifetime-epsilon": least})
 
     def join(self, instruction: Instruction) -> Joined:
         """Read and cut the data; remember which they were.

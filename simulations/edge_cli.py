@@ -106,6 +106,10 @@ def client(  # noqa: PLR0917 (options of a command)
     max_seconds: Annotated[float, typer.Option(min=0, help="for a round's training; 0: no limit")] = 0.0,
     energy_budget: Annotated[float, typer.Option(min=0, help="joules for a round's training; 0: no limit")] = 0.0,
     memory_limit: Annotated[int, typer.Option(min=0, help="megabytes for the worker's batches; 0: what is free")] = 0,
+    lifetime_epsilon: Annotated[
+        float, typer.Option(min=0, help="that training may ever spend of an example's privacy; 0: as the run says")
+    ] = 0.0,
+    delta: Annotated[float, typer.Option(min=0, max=1, help="that --lifetime-epsilon is of, at most")] = 1e-5,
 ) -> None:
     """Take part with a file of private data until stopped (Ctrl-C, SIGTERM).
 
@@ -118,7 +122,7 @@ def client(  # noqa: PLR0917 (options of a command)
     run_client(
         ClientFolder.open(path), data, _print_line, teacher=teacher,
         columns=tuple(name.strip() for name in columns.split(",")), threads=threads, max_seconds=max_seconds,
-        energy_budget=energy_budget, memory_limit=memory_limit,
+        energy_budget=energy_budget, memory_limit=memory_limit, lifetime_epsilon=lifetime_epsilon, delta=delta,
     )  # fmt: skip
 
 

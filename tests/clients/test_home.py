@@ -85,6 +85,19 @@ def test_of_two_limits_the_stricter_holds(home):
     assert mine.config(instruction()).client.max_seconds == 5.0
 
 
+def test_an_owner_bounds_what_its_examples_ever_spend(home):
+    mine = replace(home, lifetime_epsilon=4.0, delta=1e-5)
+    with pytest.raises(ClientRefused, match=r"its owner bounds what its examples spend, and privacy\.unit = 'none'"):
+        mine.config(instruction())
+    private = {**KEYS, "privacy.unit": "example", "privacy.epsilon": 2.0, "privacy.lot": 4, "privacy.delta": 1e-5}
+    assert mine.config(instruction(config=json.dumps(private))).privacy.lifetime_epsilon == 4.0
+    for theirs, found in ((3.0, 3.0), (9.0, 4.0)):
+        keys = mine.config(instruction(config=json.dumps({**private, "privacy.lifetime-epsilon": theirs})))
+        assert keys.privacy.lifetime_epsilon == found
+    with pytest.raises(ClientRefused, match=r"privacy\.delta = 0\.01; its owner allows 1e-05"):
+        mine.config(instruction(config=json.dumps({**private, "privacy.delta": 0.01})))
+
+
 def test_on_a_device_the_servers_folders_and_boards_are_nothing(supplied, monkeypatch):
     from flwr.app import Context, Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
