@@ -84,7 +84,7 @@ class Tokens:
         ``length`` 0 means the longest of the windows.
         """
         lengths = self.widths(windows)
-        width = length or int(lengths.max())
+        width = length or max(int(lengths.max()), 1)  # a model without special pieces finds none in an empty text
         place = np.arange(width)
         real = place < lengths[:, None]
         flat = np.where(real, self.offsets[windows][:, None] + place, 0)

@@ -113,3 +113,11 @@ def test_first_pieces_that_have_read_nothing_are_not_compared(tmp_path, monkeypa
     )  # fmt: skip
     with pytest.raises(InputError, match=r"distill.cls-weight = 1.0: this teacher reads from left to right"):
         prepare(config, Silent())
+
+
+def test_an_empty_text_has_an_answer_alone_and_beside_others(tmp_path):
+    """A decoder's tokenizer finds no piece at all in it."""
+    folder = make_gpt2(tmp_path / "a", labels=2)
+    tokens, teacher = make_tokens(folder, ["", "", "good film"]), load_teacher(folder)
+    for rows in ([0, 1], [0, 2]):
+        assert np.isfinite(predict(teacher, tokens, np.array(rows), FP32)).all()
