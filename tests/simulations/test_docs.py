@@ -3,14 +3,18 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 import typer.main
 
 from common.config import default_keys, read_settings
+from common.keys import STRATEGIES, DataKeys, ServerKeys
 from simulations import cli
+from simulations.audits import ATTACKS
 from simulations.keys_page import configuration_page, every_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +70,7 @@ def test_keys_exist(page):
             assert key[1] in KEYS, f"{name}: no such key"
     for command in commands(page):
         for key in read_settings(given(command, "-s")):
-            assert key in KEYS or not re.fullmatch(r"[a-z.-]+", key), f"{key}: no such key"
+            assert key in KEYS, f"{key}: no such key"
 
 
 @every_page
@@ -85,6 +89,43 @@ def test_files_and_tests_exist(page):
     for name in [*code(page), *(word for block in blocks(page) for word in block.split())]:
         for path in re.findall(r"^(?:common|server|clients|simulations|tests|examples|docs)/[\w./-]*\w", name):
             assert (ROOT / path).exists(), f"{path}: no such file"
+
+
+def test_the_page_of_algorithms_has_each_with_a_test():
+    text = (ROOT / "docs" / "algorithms.md").read_text()
+    wires, cuts = (
+        get_args(part.model_fields[name].annotation) for part, name in ((ServerKeys, "wire"), (DataKeys, "partition"))
+    )
+    for name in {*STRATEGIES, *wires, *cuts, *ATTACKS} - {"auto", "utility"}:
+        assert f"| `{name}`" in text, f"docs/algorithms.md has no row of {name}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith((" test |", " --- |"))]
+    assert [row for row in rows if not re.search(r"`tests/[\w/]+\.py` \|$", row)] == []
+
+
+def test_the_page_of_simulations_lists_every_command():
+    text = (ROOT / "docs" / "simulation.md").read_text()
+    for name in typer.main.get_command(cli.app).commands:
+        assert f"\nfedistill {name} " in text, f"docs/simulation.md has no line of fedistill {name}"
+
+
+@pytest.mark.parametrize(
+    ("line", "check"),
+    [
+        ("[there](nowhere.md)", test_links_and_anchors_lead_somewhere),
+        ("[there](#no-such-heading)", test_links_and_anchors_lead_somewhere),
+        ("`server.cohorts`", test_keys_exist),
+        ("`fedistill simulate -s rouns=3`", test_keys_exist),
+        ("```\nfedistill simulated\n```", test_commands_and_options_exist),
+        ("```\nfedistill export RUN --int4\n```", test_commands_and_options_exist),
+        ("with `--int4`", test_commands_and_options_exist),
+        ("`tests/common/test_none.py`", test_files_and_tests_exist),
+    ],
+)
+def test_what_is_not_there_is_noticed(tmp_path, line, check):
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n\n{line}\n")
+    with pytest.raises(AssertionError):
+        check(page)
 
 
 def prose(page: Path) -> str:
@@ -136,7 +177,7 @@ def check_command(words: list[str]) -> None:
 
 def given(words: list[str], option: str) -> list[str]:
     """The values given to an option, without those that only say what could stand there."""
-    values = [value for name, value in zip(words, words[1:], strict=False) if name == option]
+    values = [value for name, value in pairwise(words) if name == option]
     return [value for value in values if "=" in value and not value.startswith("key=")]
 
 
