@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import Config, default_keys, load_config
+from common.config import load_config
 from common.errors import ExportFailed, InputError, Interrupted, RunFailed, place_of
 from simulations import edge_cli
 
@@ -246,39 +246,16 @@ def bench(
 
 @app.command()
 def keys(
-    markdown: Annotated[bool, typer.Option("--markdown", help="as the table in README.md")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="as the page docs/configuration.md")] = False,
 ) -> None:
     """List every key, its default and what it means."""
+    from simulations.keys_page import configuration_page, every_key
+
     if markdown:
-        typer.echo(keys_table())
+        typer.echo(configuration_page(), nl=False)
         return
-    for name, default, meaning in describe_keys():
-        typer.echo(f"{name} = {default}\n    {meaning}")
-
-
-def keys_table() -> str:
-    """Every key as a Markdown table."""
-    rows = [f"| `{name}` | `{default}` | {meaning} |" for name, default, meaning in describe_keys()]
-    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
-
-
-def describe_keys() -> list[tuple[str, str, str]]:
-    """(key, default as TOML, meaning) of every key, in the order of the model."""
-
-    def toml(value: Any) -> str:
-        return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
-
-    defaults, found = default_keys(), []
-    for name, entry in Config.model_fields.items():
-        section = entry.annotation
-        inner = getattr(section, "model_fields", None)
-        if inner is None:
-            found.append((name, toml(defaults[name]), entry.description or ""))
-            continue
-        for part, field in inner.items():
-            key = f"{name}.{part.replace('_', '-')}"
-            found.append((key, toml(defaults[key]), field.description or ""))
-    return found
+    for key in every_key():
+        typer.echo(f"{key.name} = {key.default}\n    {key.meaning}")
 
 
 def main(arguments: list[str] | None = None) -> None:
