@@ -11,6 +11,7 @@ from common.section import Scalar
 
 GRID = "grid"
 EXAMPLE = '[grid] with a list for each key, e.g. student.layers = [2, 3] or "client.lr" = [0.001, 0.0003]'
+UNSAFE = re.compile(r"[^\w.+@-]")  # in a folder's name
 Arms = dict[str, dict[str, Scalar]]
 
 
@@ -72,4 +73,4 @@ def _words(point: Mapping[str, Scalar]) -> list[str]:
     ends = [key.rpartition(".")[2] for key in point]
     named = [end if ends.count(end) == 1 else key for key, end in zip(point, ends, strict=True)]
     values = [str(value).lower() if isinstance(value, bool) else str(value) for value in point.values()]
-    return [f"{name}={re.sub(r'[^\w.+@-]', '_', value)}" for name, value in zip(named, values, strict=True)]
+    return [f"{name}={UNSAFE.sub('_', value)}" for name, value in zip(named, values, strict=True)]
