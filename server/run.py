@@ -37,6 +37,7 @@ def run_federation(
         InputError: the run in the folder cannot be continued with this federation.
         RunFailed, Interrupted: see `FederatedDistillation.run`; any other error is passed on.
     """
+    folder.trackers.tell = progress.line
     strategy = FederatedDistillation(federation, folder, progress, nodes=nodes, stopped=stopped, on_hang=on_hang)
     status = "failed"
     try:

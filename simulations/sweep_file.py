@@ -21,7 +21,7 @@ from simulations.grid import crossed, flattened, take_grid
 ALONE = "run"  # the arm of a file that names none
 OWN = ("seeds", "tasks", "ceiling")
 # keys that a ceiling does not depend on
-TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.")
+TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.", "tracking.")
 
 
 @dataclass(frozen=True, eq=False)
