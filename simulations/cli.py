@@ -237,6 +237,29 @@ def provision(
 
 
 @app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
+    """Look at this machine: what a run needs, what is missing and how to get it. Exit code 1 when something is."""
+    from simulations.doctor import doctor as look
+
+    if not look(as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def describe(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
+) -> None:
+    """What a run would do, without running it: clients, shards, student, bytes, estimated time."""
+    keys = load_config(config, settings or [])
+    from simulations.describe import describe as tell
+
+    tell(keys, as_json=as_json)
+
+
+@app.command()
 def bench(
     config: ConfigFile = None,
     settings: Settings = None,
