@@ -81,7 +81,9 @@ def ceiling(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="keys, seeds, tasks, ceiling, [arms.NAME], [grid]")],
+    file: Annotated[
+        Path, typer.Argument(metavar="SWEEP.toml", help="keys, seeds, tasks, ceiling, [arms.NAME], [grid]")
+    ],
     settings: Settings = None,
     *,
     out: Annotated[Path, typer.Option(help="folder for all runs")],

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -268,7 +269,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     )
     if found["not_counted"]:
         told.append(f"          not counted: what {', '.join(found['not_counted'])} adds")
-    return [*told, ""]
+    return [part for line in told for part in textwrap.wrap(line, 80, subsequent_indent=" " * 10)] + [""]
 
 
 def spoken(seconds: float) -> str:

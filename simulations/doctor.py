@@ -114,13 +114,19 @@ def _extras(needed: Sequence[Requirement]) -> Iterator[Finding]:
     extras: dict[str, list[Requirement]] = {}
     for one in needed:
         for name in ("demo", "export", "privacy", "tensorboard", "mlflow", "wandb"):
-            if one.marker is not None and not one.marker.evaluate({"extra": ""}) and one.marker.evaluate({"extra": name}):
+            if (
+                one.marker is not None
+                and not one.marker.evaluate({"extra": ""})
+                and one.marker.evaluate({"extra": name})
+            ):
                 extras.setdefault(name, []).append(one)
     for name, parts in extras.items():
         lacking = [one.name for one in parts if not _there(one.name)]
         advice = f"pip install 'fedistill[{name}]' for it"
-        yield Finding(f"[{name}]", f"not there: {', '.join(lacking)}", NOTE, advice) if lacking else Finding(
-            f"[{name}]", ", ".join(f"{one.name} {version(one.name)}" for one in parts)
+        yield (
+            Finding(f"[{name}]", f"not there: {', '.join(lacking)}", NOTE, advice)
+            if lacking
+            else Finding(f"[{name}]", ", ".join(f"{one.name} {version(one.name)}" for one in parts))
         )
 
 

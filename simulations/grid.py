@@ -23,6 +23,8 @@ def take_grid(path: Path, document: dict[str, Any]) -> dict[str, list[Scalar]]:
     """
     given = {key: document.pop(key) for key in list(document) if key.partition(".")[0] == GRID}
     grid = flattened({key.removeprefix(GRID).removeprefix("."): values for key, values in given.items()})
+    if given and not grid:
+        raise InputError(f"{path}: grid: empty; give {EXAMPLE}")
     for key, values in grid.items():
         if not key or not isinstance(values, list) or not values or any(map(_is_no_scalar, values)):
             raise InputError(f"{path}: grid.{key} = {values!r}: give {EXAMPLE}")

@@ -22,7 +22,8 @@ div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeri
 caption { text-align: left; font-weight: 600; font-size: 1.25rem; padding-bottom: .5rem; }
 th, td { text-align: right; padding: .3rem .7rem; vertical-align: bottom; overflow-wrap: anywhere; }
 th { font-weight: 600; } th[scope=row] { text-align: left; font-weight: 400; white-space: pre; overflow-wrap: normal; }
-thead th { border-bottom: 2px solid; min-width: 5rem; } tbody:not(:last-child) tr:last-child > * { border-bottom: 1px solid GrayText; }
+thead th { border-bottom: 2px solid; min-width: 5rem; }
+tbody:not(:last-child) tr:last-child > * { border-bottom: 1px solid GrayText; }
 """
 NAME_WIDTH = 12  # characters that the first column keeps in a narrow terminal
 
@@ -88,13 +89,7 @@ def page(sheet: Sheet) -> str:
     """The sheet as an HTML page that needs nothing else."""
     cells = html.escape
     head = "".join(f'<th scope="col">{cells(cell)}</th>' for cell in sheet.head[1:])
-    bodies = "\n".join(
-        "<tbody>" + "\n".join(
-            f'<tr><th scope="row">{cells(row[0])}</th>' + "".join(f"<td>{cells(cell)}</td>" for cell in row[1:]) + "</tr>"
-            for row in rows
-        ) + "</tbody>"
-        for rows in sheet.sections
-    )  # fmt: skip
+    bodies = "\n".join("<tbody>" + "\n".join(map(_html_row, rows)) + "</tbody>" for rows in sheet.sections)
     notes = "\n".join(f"<p>{cells(note)}</p>" for note in sheet.notes)
     title = cells(sheet.title)
     return (
@@ -104,6 +99,11 @@ def page(sheet: Sheet) -> str:
         f'<div tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>\n'
         f"<thead><tr><td></td>{head}</tr></thead>\n{bodies}</table></div>\n{notes}</body></html>\n"
     )
+
+
+def _html_row(row: Row) -> str:
+    name, *cells = map(html.escape, row)
+    return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def result_table(summary: dict[str, Any]) -> Table:

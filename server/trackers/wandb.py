@@ -31,8 +31,8 @@ class WeightsAndBiases:
             host="", program="", silent=True, init_timeout=WAIT_SECONDS,
         )  # fmt: skip
         self.run: Any = wandb.init(
-            project=config.tracking.wandb, name=run.name, dir=str(run), id=known_run(run, "wandb", wandb.util.generate_id),
-            resume="allow", config=told_keys(config), settings=quiet,
+            project=config.tracking.wandb, name=run.name, id=known_run(run, "wandb", wandb.util.generate_id),
+            dir=str(run), resume="allow", config=told_keys(config), settings=quiet,
         )  # fmt: skip
         self.run.define_metric("*", step_metric="round")
 

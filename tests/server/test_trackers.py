@@ -118,6 +118,6 @@ def test_wandb_offline_stays_in_the_run_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = continued(tmp_path, **{"tracking.wandb": "mine"})
-    written = [path for path in (run / "wandb").glob("offline-run-*/*.wandb")]
+    written = list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert written
     assert all(b"train/loss" in path.read_bytes() for path in written)
