@@ -9,6 +9,7 @@ machine (console, code, git, hardware): all of that is turned off.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from common.config import Config
@@ -31,7 +32,7 @@ class WeightsAndBiases:
             host="", program="", silent=True, init_timeout=WAIT_SECONDS,
         )  # fmt: skip
         self.run: Any = wandb.init(
-            project=config.tracking.wandb, name=run.name, id=known_run(run, "wandb", wandb.util.generate_id),
+            project=config.tracking.wandb, name=run.name, id=known_run(run, "wandb", lambda: token_hex(8)),
             dir=str(run), resume="allow", config=told_keys(config), settings=quiet,
         )  # fmt: skip
         self.run.define_metric("*", step_metric="round")
