@@ -43,7 +43,8 @@ def run_federation(
     try:
         write_shards(federation, folder.path)
         strategy.run(grid)
-        save_student(federation, folder)
+        with progress.step("save the student", None):
+            save_student(federation, folder)
         status = "completed"
     except Interrupted:
         status = "interrupted"
