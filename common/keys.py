@@ -6,7 +6,7 @@ in `common.combinations`.
 
 from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from common.privacy_keys import PrivacyKeys
 from common.section import Fraction, Rate, Section, Weight
@@ -316,6 +316,23 @@ class RuntimeKeys(Section):
     out: str = Field("", description="run folder for `flwr run .`; `simulate` has --out")
 
 
+class TrackingKeys(Section):
+    tensorboard: bool = Field(False, description="also write event files into RUN/tensorboard; needs its extra")
+    mlflow: str = Field(
+        "",
+        description="also log to an MLflow server (its URI, without a password) or a local folder; needs its extra",
+    )
+    wandb: str = Field("", description="also log to this project of Weights & Biases; needs its extra")
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_a_password(cls, uri: str) -> str:
+        """The keys stand in config.toml, and a password would too."""
+        if "@" in uri.partition("://")[2].partition("/")[0]:
+            raise ValueError("give it without a name and password; MLFLOW_TRACKING_USERNAME and _PASSWORD hold them")
+        return uri
+
+
 class Keys(Section):
     """All keys of a run, each checked by itself."""
 
@@ -331,4 +348,5 @@ class Keys(Section):
     client: ClientKeys = ClientKeys()
     server: ServerKeys = ServerKeys()
     privacy: PrivacyKeys = PrivacyKeys()
+    tracking: TrackingKeys = TrackingKeys()
     runtime: RuntimeKeys = RuntimeKeys()

@@ -22,7 +22,10 @@ from server.reply import reason_of
 POLL_SECONDS = 0.1
 AGAIN_SECONDS = 30.0  # a question may be lost on its way
 NOBODY = "0" * 16  # there is no run yet
-OURS = ("data.source", "data.validation", "data.public-text", "teacher.model", "runtime.cache", "runtime.out")
+OURS = (
+    "data.source", "data.validation", "data.public-text", "teacher.model", "runtime.cache", "runtime.out",
+    "tracking.mlflow", "tracking.wandb",
+)  # fmt: skip
 
 
 def keys_for_clients(config: Config) -> str:

@@ -14,6 +14,7 @@ from common.families import family_of
 from common.hashing import hash_json, hash_tensors
 from common.models import load_teacher
 from common.recipe import BY_PLACE
+from common.progress import Progress
 from common.seeding import seed_for
 from common.store import cache_folder
 from common.tokens import Tokens
@@ -61,7 +62,7 @@ def find_origin(config: Config) -> TeacherSource | None:
     return source
 
 
-def open_origin(config: Config, lesson: Lesson) -> Origin:
+def open_origin(config: Config, lesson: Lesson, progress: Progress) -> Origin:
     """Load what the student is cut from; a bare encoder gets a head drawn from the seed.
 
     Raises:
@@ -79,7 +80,7 @@ def open_origin(config: Config, lesson: Lesson) -> Origin:
     _check_compared(config, model, mine, theirs)
     tokens = data.train.tokens
     if mine != theirs:
-        tokens = in_pieces_of(source.folder, data, cache_folder(config.runtime.cache)).train.tokens
+        tokens = in_pieces_of(source.folder, data, cache_folder(config.runtime.cache), progress).train.tokens
     return Origin(source.folder, model, tokens, key, mine != theirs, KEY)
 
 

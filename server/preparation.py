@@ -120,8 +120,9 @@ def prepare(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         raise InputError(
             f"data.private = {AT_CLIENTS!r}: the private texts are with the clients; use `fedistill edge run`"
         )
-    source = find_teacher(config.teacher.model)
-    origin = find_origin(config) or source
+    with progress.step("find the models", None):  # a first time they come from the hub
+        source = find_teacher(config.teacher.model)
+        origin = find_origin(config) or source
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
     for key in ("hidden-layers", "relation-layers"):
         pairs = getattr(config.distill, key.replace("-", "_"))

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from common.config import Config, load_config
 from common.errors import InputError
 from common.store import write_atomically
+from server.trackers.chosen import Trackers
 
 JOURNALS = ("metrics.jsonl", "costs.jsonl")
 CLAIM = (".lock", ".config.toml.*")  # what a process leaves that is killed while it takes a folder
@@ -34,6 +35,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config, *, resume: bool = False) -> None:
         kept = path / "config.toml"
+        self.trackers = Trackers(config, path.resolve())
+        self.status = "failed"  # until a summary says how the run has ended
         self.resumed = resume and kept.is_file()
         if not self.resumed and path.exists() and not _is_free(path):
             ways = "--resume to continue the run in it, " if kept.is_file() else ""
@@ -87,11 +90,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process continue the run."""
+        self.trackers.end(self.status)
         self._lock.release()
 
     def add_line(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and tell the trackers."""
         self._append("metrics.jsonl", line)
+        self.trackers.add(line)
 
     def add_costs(self, line: Mapping[str, Any]) -> None:
         """Append one line to costs.jsonl."""
@@ -120,8 +125,10 @@ class RunFolder:
         for path, length in wanted.items():
             with path.open("ab") as stream:
                 stream.truncate(length)
+        self.trackers.end("interrupted")  # what they have beyond that is written again
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
+        self.status = str(summary.get("status", self.status))
         write_atomically(self.path / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
     Raises:
         InputError: a key asks for more than the teacher has.
     """
-    keys, origin = config.student, open_origin(config, lesson)
+    keys, origin = config.student, open_origin(config, lesson, progress)
     model, teacher = origin.model, lesson.model.config
     if config.distill.cls_weight > 0 and family_of(lesson.model).reads_last:
         raise InputError(
@@ -70,7 +70,7 @@ def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil
         )
     layers = choose_layers(keys.layer_selection, keys.layers, model.config.num_hidden_layers)
     tokenizer = load_tokenizer(origin.folder)
-    pieces = _pieces(config, lesson, origin, layers)
+    pieces = _pieces(config, lesson, origin, layers, progress)
     shape = replace(
         Shape.whole(model.config, layers),
         pieces=len(pieces) or model.config.vocab_size,
@@ -148,7 +148,7 @@ def _best(importance: NDArray[np.float64], keep: int) -> Numbers:
     return tuple(tuple(row[: keep or None].tolist()) for row in order)
 
 
-def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, ...]) -> list[int]:
+def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, ...], progress: Progress) -> list[int]:
     """The numbers that the student's pieces have in what it is cut from; none: all of them."""
     model, tokenizer, keys = origin.model, load_tokenizer(origin.folder), config.student
     keep = keys.vocabulary
@@ -158,7 +158,8 @@ def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, .
         return []
     counts = np.bincount(origin.tokens.pieces(np.asarray(lesson.data.public)), minlength=model.config.vocab_size)
     if lesson.text:
-        more = tokenize((list(lesson.text),), tokenizer, lesson.data.max_length, lambda done: None)
+        with progress.step("tokenise the public texts", len(lesson.text)) as step:
+            more = tokenize((list(lesson.text),), tokenizer, lesson.data.max_length, step.advance)
         counts += np.bincount(more.ids, minlength=len(counts))
     return choose_pieces(tokenizer, counts, keep)
 

@@ -170,6 +170,20 @@ def tuned(
     config: Config, source: TeacherSource, data: FederatedDataset, rows: Index, *, cache: Path, progress: Progress
 ) -> Teacher:
     """The encoder fine-tuned on some rows of the train table, held in the cache by everything it depends on."""
+    target = tuned_folder(config, source, data, rows, cache)
+    with build_folder(target) as draft:
+        if draft is not None:
+            model = fine_tune(config, source.folder, data, rows, progress)
+            model.save_pretrained(draft)
+            load_tokenizer(source.folder).save_pretrained(draft)
+            note = {"hash": hash_tensors(model.state_dict()), "examples": len(rows)}
+            (draft / "fedistill.json").write_text(json.dumps(note))
+    note = json.loads((target / "fedistill.json").read_text())
+    return Teacher(target, note["hash"], note["examples"])
+
+
+def tuned_folder(config: Config, source: TeacherSource, data: FederatedDataset, rows: Index, cache: Path) -> Path:
+    """Where in the cache the encoder fine-tuned on these rows is, or will be."""
     compute = choose_compute(config.runtime.device, config.client.precision)
     key = hash_json(
         {
@@ -183,16 +197,7 @@ def tuned(
             **runtime_fingerprint(source.folder, torch.get_num_threads()),
         }
     )[:32]
-    target = cache / "teachers" / key
-    with build_folder(target) as draft:
-        if draft is not None:
-            model = fine_tune(config, source.folder, data, rows, progress)
-            model.save_pretrained(draft)
-            load_tokenizer(source.folder).save_pretrained(draft)
-            note = {"hash": hash_tensors(model.state_dict()), "examples": len(rows)}
-            (draft / "fedistill.json").write_text(json.dumps(note))
-    note = json.loads((target / "fedistill.json").read_text())
-    return Teacher(target, note["hash"], note["examples"])
+    return cache / "teachers" / key
 
 
 def fine_tune(config: Config, folder: Path, data: FederatedDataset, rows: Index, progress: Progress) -> Any:

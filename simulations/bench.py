@@ -127,12 +127,14 @@ def bench(
     gaps: dict[str, list[float]] = {arm: [] for arm in arms}
     with ExitStack() as stack:
         runners = _runners(federation, cohort, arms, stack)
+        bar = stack.enter_context(progress.step("laps", repeats * len(runners)))
         for repeat in range(1, repeats + 1):
             updates: dict[str, Update] = {}
             for arm, run in runners.items():
                 lap = run()
                 updates[arm] = lap.update
                 laps[arm].append(Lap(lap.seconds, lap.training_seconds, lap.examples, {}))
+                bar.advance()
                 progress.line(f"{repeat}/{repeats} {NAMES[arm]}: {lap.speed:.0f} examples/s, {lap.seconds:.1f} s")
             reference = updates[_reference(updates)]
             for arm, update in updates.items():

@@ -1,5 +1,6 @@
 """Running a command of ours in a process of its own, so that Ray and torch start clean, and ending it cleanly."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from common.section import Scalar
 
 PATIENCE = 30.0  # seconds that a stopped run may take to write its summary
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PARENT = "FEDISTILL_PARENT"  # in a command that we run: the process that waits for it
 
 
 def as_settings(keys: Mapping[str, Scalar]) -> list[str]:
@@ -67,8 +69,28 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "simulations.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace",
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, PARENT: str(os.getpid())},
     )  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """In a command that `run_child` runs: end at once when that process has been killed.
+
+    It had no chance to stop this one, which would go on in a folder that nobody waits for, and hold its lock.
+    """
+    if not (number := os.environ.pop(PARENT, "")).isdecimal():
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(number):
+            time.sleep(0.2)
+        with suppress(psutil.Error):
+            for each in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    each.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

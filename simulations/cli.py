@@ -11,6 +11,7 @@ import typer
 from common.config import load_config
 from common.errors import ExportFailed, InputError, Interrupted, RunFailed, place_of
 from simulations import edge_cli
+from simulations.child import end_with_parent
 
 # read when the libraries are first imported: waiting threads sleep instead of spinning, which on a busy machine costs
 # several times the work itself; Flower does not ask the network for versions, nor reports its use
@@ -80,7 +81,9 @@ def ceiling(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="keys, seeds, tasks, ceiling, [arms.NAME]")],
+    file: Annotated[
+        Path, typer.Argument(metavar="SWEEP.toml", help="keys, seeds, tasks, ceiling, [arms.NAME], [grid]")
+    ],
     settings: Settings = None,
     *,
     out: Annotated[Path, typer.Option(help="folder for all runs")],
@@ -118,11 +121,20 @@ def audit(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run folders")]) -> None:
-    """Show runs side by side: the keys in which they differ, scores, what is kept, sizes, costs."""
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="run folders, or folders of sweeps")],
+    form: Annotated[
+        str, typer.Option("--format", help="table, markdown, csv (raw, a column for each run) or html; none: by --out")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="a file instead of the screen")] = None,
+) -> None:
+    """Show runs side by side: the keys in which they differ, scores, what is kept, sizes, costs.
+
+    Runs that differ in their seed alone are one column, with mean and standard deviation.
+    """
     from simulations.compare import compare as show
 
-    show(runs)
+    show(runs, form, out)
 
 
 @app.command()
@@ -227,6 +239,29 @@ def provision(
 
 
 @app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="a JSON list")] = False) -> None:
+    """Look at this machine: what a run needs, what is missing and how to get it. Exit code 1 when something is."""
+    from simulations.doctor import doctor as look
+
+    if not look(as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def describe(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="all figures as JSON")] = False,
+) -> None:
+    """What a run would do, without running it: clients, shards, student, bytes, estimated time."""
+    keys = load_config(config, settings or [])
+    from simulations.describe import describe as tell
+
+    tell(keys, as_json=as_json)
+
+
+@app.command()
 def bench(
     config: ConfigFile = None,
     settings: Settings = None,
@@ -260,6 +295,7 @@ def keys(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; turns our three errors into their exit codes."""
+    end_with_parent()
     sys.exit(_exit_code(lambda: app(args=arguments, standalone_mode=True)))
 
 

@@ -112,6 +112,23 @@ def start_ray(cores: int) -> None:
         signal.signal(number, handler)
 
 
+def try_ray() -> float:
+    """Start Ray as a run would, or ask the cluster at ``RAY_ADDRESS``; how many cores it has.
+
+    Raises:
+        InputError: as `run_on_ray`.
+    """
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    _start_ray(1)
+    try:
+        return float(ray.cluster_resources().get("CPU", 0.0))
+    finally:
+        ray.shutdown()
+
+
 def _check_address(address: str) -> None:
     """Ray itself would go on trying for minutes."""
     host, colon, port = address.rpartition(":")

@@ -36,7 +36,8 @@ def simulate(config: Config, out: Path | None, *, resume: bool = False, quiet: b
     folder = RunFolder(out or default_folder(config), config, resume=resume)
 
     def work(progress: Progress, prepared: Callable[[], None], stop: threading.Event) -> dict[str, Any]:
-        from server.preparation import prepare
+        with progress.step("load the libraries", None):
+            from server.preparation import prepare
 
         federation = prepare(config, progress)
         prepared()

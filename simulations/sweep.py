@@ -76,6 +76,7 @@ def run_all(plan: Sweep, out: Path, progress: Progress) -> Results:
     """Every run in its turn, each followed by a line."""
     results: Results = dict.fromkeys(plan.runs, Done())
     ceilings: dict[Any, tuple[float | None, str]] = {}
+    write_results(plan, results, out)  # what is to come, for whoever looks on, or finds it killed
     with progress.step("runs", len(plan.runs)) as step:
         try:
             for number, run in enumerate(plan.runs, start=1):

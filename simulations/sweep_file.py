@@ -1,8 +1,9 @@
 """A sweep in a TOML file: keys of a run, and around them what is varied.
 
 Above the sections stand ``seeds = [0, 1, 2]``, ``tasks = ["sst2", "mrpc"]`` (or ``tasks = "glue"``: all that
-``data.source`` holds) and ``ceiling = true``. ``[arms.NAME]`` holds the keys in which an arm differs, ``[task.NAME]``
-those of one of the tasks, such as its number of rounds. Everything else is a key of every run.
+``data.source`` holds) and ``ceiling = true``. ``[arms.NAME]`` holds the keys in which an arm differs, ``[grid]`` keys
+with a list of values each, which every arm is crossed with, ``[task.NAME]`` those of one of the tasks, such as its
+number of rounds. Everything else is a key of every run.
 """
 
 import re
@@ -15,11 +16,12 @@ from common.config import Config, from_flat, read_settings, read_toml
 from common.errors import InputError
 from common.section import Scalar
 from common.tasks import GLUE
+from simulations.grid import crossed, flattened, take_grid
 
 ALONE = "run"  # the arm of a file that names none
 OWN = ("seeds", "tasks", "ceiling")
 # keys that a ceiling does not depend on
-TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.")
+TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.", "tracking.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +82,14 @@ def sweep_of(
     path: Path, document: dict[str, Any], settings: Sequence[str] = (), seeds: Sequence[int] | None = None
 ) -> Sweep:
     """The same of what was read from the file."""
-    arms, of_task = sections(path, document, "arms") or {ALONE: {}}, sections(path, document, "task")
+    grid, over = take_grid(path, document), read_settings(settings)
+    arms = crossed(path, sections(path, document, "arms"), grid) or {ALONE: {}}
+    of_task = sections(path, document, "task")
     own = {name: document.pop(name) for name in OWN if name in document}
-    over = read_settings(settings)
     base = document | over
     for key in over:
+        if key in grid:
+            raise InputError(f"-s {key}: the grid of {path} varies it; change it there")
         if taken := [arm for arm, keys in arms.items() if key in keys]:
             raise InputError(f"-s {key}: the arm {taken[0]} of {path} sets it; change it there")
     if type(ceiling := own.get("ceiling", False)) is not bool:
@@ -124,11 +129,7 @@ def sections(path: Path, document: dict[str, Any], kind: str) -> dict[str, dict[
             raise InputError(
                 f"{path}: {key}: give {kind} as sections, [{kind}.NAME], NAME of letters, digits and . - _ +"
             )
-        found_in[name] = {
-            f"{part}.{inner}" if isinstance(value, dict) else part: found
-            for part, value in keys.items()
-            for inner, found in (value.items() if isinstance(value, dict) else ((part, value),))
-        }
+        found_in[name] = flattened(keys)
     return found_in
 
 

@@ -1,5 +1,6 @@
-"""Every table that the program shows: a sheet of text, drawn for a terminal or written as Markdown."""
+"""Every table that the program shows: a sheet of text, drawn for a terminal, or written as Markdown or HTML."""
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ from rich.text import Text
 from server.privacy_report import privacy_words
 
 Row = tuple[str, ...]
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; width: fit-content; max-width: 100%;
+       box-sizing: border-box; color: CanvasText; background: Canvas; }
+div { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; font-size: 1.25rem; padding-bottom: .5rem; }
+th, td { text-align: right; padding: .3rem .7rem; vertical-align: bottom; overflow-wrap: anywhere; }
+th { font-weight: 600; } th[scope=row] { text-align: left; font-weight: 400; white-space: pre; overflow-wrap: normal; }
+thead th { border-bottom: 2px solid; min-width: 5rem; }
+tbody:not(:last-child) tr:last-child > * { border-bottom: 1px solid GrayText; }
+"""
 NAME_WIDTH = 12  # characters that the first column keeps in a narrow terminal
 
 
@@ -71,6 +83,27 @@ def markdown(sheet: Sheet) -> str:
     rows = [line(row) for section in sheet.sections for row in section]
     notes = ["", *("\n".join(sheet.notes),)] if sheet.notes else []
     return "\n".join([f"**{sheet.title}**", "", line(sheet.head), line(ruler), *rows, *notes]) + "\n"
+
+
+def page(sheet: Sheet) -> str:
+    """The sheet as an HTML page that needs nothing else."""
+    cells = html.escape
+    head = "".join(f'<th scope="col">{cells(cell)}</th>' for cell in sheet.head[1:])
+    bodies = "\n".join("<tbody>" + "\n".join(map(_html_row, rows)) + "</tbody>" for rows in sheet.sections)
+    notes = "\n".join(f"<p>{cells(note)}</p>" for note in sheet.notes)
+    title = cells(sheet.title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>"
+        f'<div tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>\n'
+        f"<thead><tr><td></td>{head}</tr></thead>\n{bodies}</table></div>\n{notes}</body></html>\n"
+    )
+
+
+def _html_row(row: Row) -> str:
+    name, *cells = map(html.escape, row)
+    return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def result_table(summary: dict[str, Any]) -> Table:

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -12,7 +15,7 @@ import pytest
 from common.errors import Interrupted
 from simulations.child import run_child
 from tests.conftest import make_teacher
-from tests.integration.conftest import read_summary
+from tests.integration.conftest import ROOT, read_lines, read_summary
 from tests.server.test_gpt2 import make_gpt2
 
 FILE = """
@@ -70,6 +73,73 @@ def test_arms_are_run_compared_and_not_run_again(fedistill, tmp_path):
     assert [line.split() for line in side.stdout.splitlines() if "student.layers" in line] == [
         ["student.layers", "2", "1"]
     ]
+
+
+GRID = """
+seeds = [0, 1]
+rounds = 1
+data.limit = 200
+data.clients = 4
+data.max-length = 32
+client.lr = 0.01
+runtime.workers = 1
+
+[grid]
+student.layers = [1, 2]
+distill.temperature = [1.0, 4.0]
+"""
+TIMES = {"seconds"}  # beside bytes, whose counts of a line's digits are of seconds too
+RUN = 6  # of eight: the killed one, in the middle of the second seed
+
+
+def without_times(found):
+    """What a sweep's JSON says of anything but time and bytes."""
+    if isinstance(found, dict):
+        return {name: without_times(inner) for name, inner in found.items() if name not in {*TIMES, "bytes"}}
+    return [without_times(inner) for inner in found] if isinstance(found, list) else found
+
+
+def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill, tiny_teacher, tmp_path):
+    """2 x 2 x 2 seeds; SIGKILL to all processes of its group, while a run trains."""
+    (tmp_path / "a.toml").write_text(f'teacher.model = "{tiny_teacher}"\n{GRID}')
+    whole = fedistill("sweep", "a.toml", "--out", "whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "simulations.cli", "sweep", "a.toml", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )  # fmt: skip
+    try:
+        folders = [tmp_path / "whole" / run for run in folders_of(tmp_path / "whole")]
+        half_way = out / folders[RUN - 1].relative_to(tmp_path / "whole") / "checkpoints"
+        while not half_way.exists() and sweep.poll() is None:  # it has its student, and has not trained it
+            time.sleep(0.05)
+        runs = [process for process in psutil.Process(sweep.pid).children() if "simulate" in process.cmdline()]
+    finally:
+        os.killpg(sweep.pid, signal.SIGKILL)
+        sweep.wait()
+    assert len(runs) == 1
+    assert psutil.wait_procs(runs, timeout=60)[1] == []  # it does not go on alone
+    assert len([run for run in folders_of(out) if (out / run / "summary.json").exists()]) == RUN - 1
+
+    again = fedistill("sweep", "a.toml", "--out", "killed", "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("was there") == RUN - 1
+    assert len(folders) == 8
+    for folder in folders:
+        other = out / folder.relative_to(tmp_path / "whole")
+        assert read_summary(other)["student_sha256"] == read_summary(folder)["student_sha256"]
+        assert read_lines(other) == read_lines(folder)
+    found, expected = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("killed", "whole"))
+    assert without_times(found) == without_times(expected)
+    assert len({read_summary(folder)["student_sha256"] for folder in folders}) == 8
+
+
+def folders_of(out: Path) -> list[str]:
+    arms = json.loads((out / "sweep.json").read_text())["arms"].values()
+    runs = [run for arm in arms for task in arm["tasks"].values() for run in task["runs"]]
+    return [run["folder"] for run in sorted(runs, key=lambda run: run["seed"])]  # in the order in which they are run
 
 
 def test_one_recipe_makes_students_of_an_encoder_and_a_decoder(fedistill, tmp_path):

@@ -1,12 +1,14 @@
 """Runs side by side."""
 
+import csv
 import json
+import re
 
 import pytest
 
 from common.config import from_flat
 from common.errors import InputError
-from simulations.compare import compare, compare_sheet, differing, names
+from simulations.compare import column_names, compare, compare_sheet, merged, names, read_run, run_folders
 
 
 def make_run(folder, student=0.9, **keys):
@@ -20,14 +22,12 @@ def make_run(folder, student=0.9, **keys):
         "cost": {"bytes_up": 1_500_000, "bytes_down": 500_000, "wall_s": 12.34},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
-    return config, summary
+    return read_run(folder)
 
 
 def test_only_keys_that_differ_are_shown(tmp_path):
     runs = [make_run(tmp_path / name, **{"rounds": n, "seed": 4}) for name, n in (("a", 2), ("b", 3))]
-    keys = differing([config for config, _ in runs])
-    assert keys == ["rounds"]
-    said, scores, costs = compare_sheet(["a", "b"], runs, keys).sections
+    said, scores, costs = compare_sheet(merged(runs)).sections
     assert said == [("rounds", "2", "3"), ("status", "completed", "completed")]
     assert ("public validation", "0.9000", "0.9000") in scores
     assert scores[2][1:] == ("90.0%", "90.0%")
@@ -39,10 +39,70 @@ def test_only_keys_that_differ_are_shown(tmp_path):
     ]
 
 
-def test_a_run_that_ended_before_its_first_round_has_no_scores():
-    config = from_flat({})
-    sheet = compare_sheet(["a"], [(config, {"status": "failed", "task": "toy"})], [])
-    assert {row[1] for rows in sheet.sections[1:] for row in rows} == {"-"}
+def test_runs_that_differ_in_their_seed_alone_are_one_column(tmp_path):
+    """0.8 and 0.9: mean 0.85, deviation 0.1 / sqrt(2); of the teacher's 1.0: 85 %."""
+    runs = [make_run(tmp_path / "a" / f"seed-{n}", 0.8 + 0.1 * n, seed=n) for n in (0, 1)]
+    runs.append(make_run(tmp_path / "b" / "seed-0", 0.5, seed=0, **{"client.lr": 0.01}))
+    columns = merged(runs)
+    assert column_names(columns) == ["a", "b/seed-0"]
+    said, scores, costs = compare_sheet(columns).sections
+    assert said[:2] == [("client.lr", "0.0003", "0.01"), ("seeds", "2: 0, 1", "0")]
+    assert scores[1][1:] == ("0.8500 ±0.0707", "0.5000")
+    assert scores[2][1:] == ("85.0%", "50.0%")
+    assert costs[3][1:] == ("12.3", "12.3")
+
+
+def test_the_same_seed_twice_is_no_second_seed(tmp_path):
+    columns = merged([make_run(tmp_path / name) for name in "ab"])
+    assert [column.seeds for column in columns] == [(0,), (0,)]
+    assert column_names(columns) == ["a", "b"]
+
+
+def test_means_are_of_completed_runs(tmp_path):
+    runs = [make_run(tmp_path / f"{n}", seed=n) for n in (0, 1)]
+    (tmp_path / "1" / "summary.json").unlink()
+    said, scores, _ = compare_sheet(merged([runs[0], read_run(tmp_path / "1")])).sections
+    assert said[-1] == ("status", "1 completed, 1 unfinished")
+    assert scores[1][1] == "0.9000"
+
+
+def test_a_run_without_a_score_has_dashes(tmp_path):
+    make_run(tmp_path / "a")
+    for summary in ('{"status": "failed", "task": "toy"}', "{half"):
+        (tmp_path / "a" / "summary.json").write_text(summary)
+        run = read_run(tmp_path / "a")
+        assert run.status == ("unfinished" if "half" in summary else "failed")
+        assert {row[1] for rows in compare_sheet(merged([run])).sections[1:] for row in rows} == {"-"}
+
+
+def test_a_sweep_stands_for_its_runs_that_have_begun(tmp_path):
+    for seed in (10, 2):
+        make_run(tmp_path / f"arm/toy/seed-{seed}", seed=seed)
+    listed = [{"folder": f"arm/toy/seed-{seed}"} for seed in (10, 2, 3)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"arms": {"arm": {"tasks": {"toy": {"runs": listed}}}}}))
+    assert [path.name for path in run_folders(tmp_path)] == ["seed-10", "seed-2"]
+
+
+def test_csv_has_every_run_and_every_digit(tmp_path):
+    runs = [make_run(tmp_path / name, 1 / 3, seed=n).path for n, name in enumerate("ab")]
+    compare(runs, "", tmp_path / "all.csv")
+    rows = {row[0]: row[1:] for row in csv.reader((tmp_path / "all.csv").open())}
+    assert (rows[""], rows["seed"]) == (["a", "b"], ["0", "1"])
+    assert [float(cell) for cell in rows["validation.student"]] == [1 / 3, 1 / 3]
+    assert rows["bytes"] == ["2000000", "2000000"]
+    assert rows["ceiling"] == ["", ""]
+
+
+def test_a_page_needs_nothing_else_and_says_names_as_they_are(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"<b>{n}&", rounds=n).path for n in range(1, 7)]
+    compare(runs, "html")
+    page = capsys.readouterr().out
+    assert "&lt;b&gt;1&amp;" in page
+    assert "<b>" not in page
+    assert not re.search(r"https?:|src=|href=|@import", page)
+    assert page.count('scope="col"') == 6
+    compare(runs, "markdown")
+    assert "| public validation | 0.9000 |" in capsys.readouterr().out
 
 
 def test_names_leave_out_what_all_have(tmp_path):
@@ -63,5 +123,10 @@ def test_four_runs_stand_side_by_side_in_80_columns(tmp_path, capsys):
 
 
 def test_no_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no finished run there"):
+    with pytest.raises(InputError, match="no run there, and no sweep"):
         compare([tmp_path])
+    make_run(tmp_path / "a")
+    with pytest.raises(InputError, match="--format excel: give one of table, markdown, csv, html"):
+        compare([tmp_path / "a"], "excel")
+    with pytest.raises(InputError, match="a folder; give a file"):
+        compare([tmp_path / "a"], "csv", tmp_path)

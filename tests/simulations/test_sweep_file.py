@@ -144,3 +144,54 @@ def test_keys_of_a_task_that_is_not_there_are_refused_but_not_those_that_glue_sk
     (tmp_path / "glue" / "sst2" / "train-0.parquet").touch()
     path = write(f"tasks = 'glue'\n[data]\nsource = '{tmp_path / 'glue'}'\n[task.cola]\nrounds = 9")
     assert [run.task for run in read_sweep(path).runs] == ["sst2"]
+
+
+GRID = """
+seeds = [0, 1]
+[grid]
+student.layers = [2, 3]
+"client.lr" = [0.01, 0.001]
+"""
+
+
+def test_a_grid_is_every_combination(write):
+    plan = read_sweep(write(GRID))
+    assert list(plan.arms) == ["layers=2,lr=0.01", "layers=2,lr=0.001", "layers=3,lr=0.01", "layers=3,lr=0.001"]
+    assert len(plan.runs) == 8
+    last = plan.runs[-1]
+    assert (last.config.student.layers, last.config.client.lr, last.config.seed) == (3, 0.001, 1)
+    assert last.folder.as_posix() == "layers=3,lr=0.001/toy/seed-1"
+
+
+def test_arms_are_crossed_with_the_grid(write):
+    plan = read_sweep(write("[arms.a]\n[arms.b]\nrounds = 2\n[grid]\nteacher.lr = [0.1]\nclient.lr = [0.1, 0.2]"))
+    assert list(plan.arms) == [f"{arm},teacher.lr=0.1,client.lr={lr}" for arm in "ab" for lr in (0.1, 0.2)]
+    assert plan.runs[-1].config.rounds == 2
+
+
+def test_values_with_slashes_are_names_of_folders(write):
+    plan = read_sweep(write('[grid]\nteacher.model = ["minilm", "a/b c"]\nstudent.train-embeddings = [true]'))
+    assert list(plan.arms) == ["model=minilm,train-embeddings=true", "model=a_b_c,train-embeddings=true"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[grid]\nrounds = 3", r"grid.rounds = 3: give \[grid\] with a list"),
+        ("[grid]", r"grid: empty; give \[grid\] with a list"),
+        ("[grid]\nrounds = []", "grid.rounds = "),
+        ("[grid]\nrounds = [2, 2]", "give different values"),
+        ("[grid]\nseed = [2, 3]", r"give seeds = \[2, 3\] above"),
+        ("[grid]\nrounbs = [2]", "rounbs: no such key; did you mean rounds"),
+        ("[arms.a]\nrounds = 2\n[grid]\nrounds = [2, 3]", "arms.a.rounds: the grid varies it"),
+        ('[grid]\ndata.source = ["a/b", "a b"]', "two of its arms would be called source=a_b"),
+    ],
+)
+def test_a_wrong_grid_is_refused(write, text, told):
+    with pytest.raises(InputError, match=told):
+        read_sweep(write(text))
+
+
+def test_what_the_grid_varies_cannot_be_set(write):
+    with pytest.raises(InputError, match=r"-s client.lr: the grid of .*a.toml varies it"):
+        read_sweep(write(GRID), ["client.lr=1.0"])

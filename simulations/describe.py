@@ -1,0 +1,300 @@
+"""``fedistill describe``: what a run would do, without running it.
+
+Data are read and cut (and tokenised, once, as the run would). The student's size and the bytes follow from the shapes.
+Time is an estimate: a short probe measures this machine (`clients.device_profile`), and the run's arithmetic
+(`common.cost`) is divided by what that found. What happens once is told apart from what every round takes.
+"""
+
+import copy
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from clients.device_profile import Line, probe
+from common.config import Config
+from common.cost import PADDING, Size, Work, forward_flops, size_of, training_flops
+from common.dataset import FederatedDataset, prepare_dataset
+from common.errors import InputError
+from common.keys import AT_CLIENTS, VOTING
+from common.models import choose_layers
+from common.nested import Tiers
+from common.progress import Progress
+from common.slim import Shape, build
+from common.store import cache_folder
+from server.history import shape_figures
+from server.lesson import check_clients
+from server.origin import find_origin
+from server.preparation import check_windows
+from server.provisioning import run_shape, teacher_config
+from server.shards import label_counts
+from server.teacher import TeacherSource, check_head, check_length, find_teacher, labelled_rows, tuned_folder
+from simulations.display import console_on, progress_for
+from simulations.runtime import worker_count
+from simulations.table import Row, Sheet, show
+
+SHOWN, CLASSES = 8, 4  # clients and classes that the screen has room for
+START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one round, in a simulation's messages; and for one client on a device of its own.
+
+    Attributes:
+        down, up: training and the scoring of the cohort; a last round that everybody scores sends no more here.
+    """
+
+    down: int
+    up: int
+    client_down: int
+    client_up: int
+
+
+@dataclass(frozen=True)
+class Times:
+    """Estimated seconds: before round 1, of a round, of the whole run."""
+
+    start: float
+    fine_tuning: float
+    once: float
+    round: float
+    total: float
+
+
+def describe(config: Config, *, as_json: bool = False) -> None:
+    """Print what a run with these keys would do.
+
+    Raises:
+        InputError: the run would be refused.
+    """
+    console = console_on(sys.stdout)
+    progress = progress_for(console_on(sys.stderr) if as_json else console)
+    found = examine(config, progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for line in lines(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show(console, shard_sheet(found))
+
+
+def examine(config: Config, progress: Progress) -> dict[str, Any]:
+    """Everything that is told, as JSON has it."""
+    if config.data.private == AT_CLIENTS:
+        raise InputError(f"data.private = {AT_CLIENTS!r}: the private texts are with the clients, and not described")
+    source = find_teacher(config.teacher.model)
+    check_length(source, config.data.max_length)
+    check_windows(config)
+    data = prepare_dataset(config, source.folder, cache_folder(config.runtime.cache), progress)
+    check_clients(config, data)
+    check_head(source, data.task, len(data.public))
+    origin = find_origin(config) or source
+    whole, teacher = _model_config(config, origin, data), _model_config(config, source, data)
+    layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
+    shape = run_shape(config, origin, whole, layers)
+    size = size_of(whole, shape, config.student.train_embeddings)
+    teacher_size = size_of(teacher, Shape.whole(teacher, tuple(range(source.layers))))
+    trained = _trained(config, whole, shape, int(teacher.hidden_size)) if config.student.tiers else size.trained
+    names, counts = label_counts(data)
+    cached = bool(source.head) or tuned_folder(
+        config, source, data, labelled_rows(data, data.public), cache_folder(config.runtime.cache)
+    ).is_dir()  # fmt: skip
+    speed = probe(config, progress).training
+    sent = bytes_of(config, trained, len(data.eligible))
+    cohort = config.server.cohort or len(data.eligible)
+    return {
+        "task": data.task.name,
+        "metric": data.task.headline,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "clients": data.clients,
+        "eligible": len(data.eligible),
+        "cohort": cohort,
+        "workers": worker_count(config),
+        "public": len(data.public),
+        "validation": {name: len(split) for name, split in data.validation.items()},
+        "shards": {
+            "classes": names,
+            "counts": counts.tolist(),
+            "train": data.train_sizes.tolist(),
+            "held_out": data.heldout_sizes.tolist(),
+        },
+        "teacher": {
+            "model": config.teacher.model,
+            "parameters": teacher_size.parameters,
+            "fine_tuned": not source.head,
+            "there": cached,
+        },
+        "student": {
+            "parameters": size.parameters,
+            "ratio": size.parameters / teacher_size.parameters,
+            "sent": trained,
+            **shape_figures(shape),
+        },
+        "bytes_per_round": None if sent is None else asdict(sent),
+        "seconds": asdict(times(config, data, size, teacher_size, speed, tune=not cached)),
+        "not_counted": not_counted(config),
+    }
+
+
+def _model_config(config: Config, source: TeacherSource, data: FederatedDataset) -> Any:
+    """The configuration of a model once it has the task's head."""
+    found = teacher_config(config, source)
+    found.num_labels = data.task.num_labels
+    return found
+
+
+def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:
+    """Weights that travel, the smaller tiers' exits among them."""
+    plan = copy.deepcopy(whole)
+    plan.num_hidden_layers, plan.vocab_size = len(shape.layers), shape.pieces
+    with torch.device("meta"):
+        student = build(plan, shape)
+        return sum(math.prod(array) for array in Tiers(config, student, shape, taught).shapes.values())
+
+
+def bytes_of(config: Config, trained: int, eligible: int) -> Bytes | None:
+    """What the messages of a round weigh; None where outputs travel instead of weights.
+
+    A worker gets the student once for all of its clients, to train and again to score. It sends one exact sum, or each
+    client's own update where these are not added up.
+    """
+    keys = config.server
+    if keys.strategy in VOTING:
+        return None
+    asked = min(math.ceil(round((keys.cohort or eligible) * keys.over_select, 6)), eligible)
+    scored = eligible if keys.scores == "all" else min(keys.cohort or eligible, eligible)
+    nodes, work = worker_count(config), Work.of(config)
+    single = asked > (keys.cohort or asked)  # a message for each client
+    questions = (asked if single else min(nodes, asked)) + min(nodes, scored)
+    own = round(work.entry_bytes * trained)
+    answers = (asked if single else min(nodes, asked)) if work.packed else asked
+    return Bytes(4 * trained * questions, own * answers, 2 * 4 * trained, own)
+
+
+def times(
+    config: Config, data: FederatedDataset, size: Size, teacher: Size, speed: Line, *, tune: bool
+) -> Times:  # fmt: skip
+    """Arithmetic over speed, shared by the workers."""
+    tokens = data.train.tokens
+    private = np.asarray(data.shards.order)
+    length = max(round(float(tokens.lengths(private).mean()) * PADDING), 1) if len(private) else 1
+    cores = max(worker_count(config), 1)
+    cohort = (config.server.cohort or len(data.eligible)) / max(len(data.eligible), 1)
+
+    def forward(one: Size, rows: float) -> float:
+        return rows * forward_flops(one, 1, length) / speed.rate
+
+    def train(one: Size, rows: float, budget: int) -> float:
+        steps = math.ceil(rows * length / budget)
+        return rows * training_flops(one, 1, length) / speed.rate + steps * one.layers * speed.layer_s
+
+    work, client = Work.of(config), config.client
+    each = [train(size, client.epochs * int(n), client.token_budget) for n in data.train_sizes if n]
+    training = sum(each) * cohort
+    if work.deep:
+        training += forward(teacher, client.epochs * float(data.train_sizes.sum()) * cohort)
+    held = float(data.heldout_sizes.sum()) * (1.0 if config.server.scores == "all" else cohort)
+    public = sum(len(split) for split in data.validation.values())
+    a_round = (training + forward(size, held)) / cores + forward(size, public)
+    a_round = max(a_round, max(each, default=0.0))  # the largest client is one worker's
+    keys, rows = config.teacher, float(len(data.public))
+    tuning = train(teacher, keys.epochs * rows, keys.token_budget) if tune else 0.0
+    budget = config.student.warm_token_budget or client.token_budget
+    warm = train(size, config.student.warm_epochs * rows, budget) if config.student.warm_epochs else 0.0
+    once = warm + forward(teacher, len(private)) / cores + forward(teacher, public)
+    total = START_SECONDS + tuning + once + config.rounds * a_round
+    return Times(START_SECONDS, tuning, once, a_round, total)
+
+
+def not_counted(config: Config) -> list[str]:
+    """Keys whose time is not in the estimate."""
+    keys = {
+        "student.general-epochs": config.student.general_epochs,
+        "distill.general-rounds": config.distill.general_rounds,
+        "student.tiers": config.student.tiers,
+        "student.heads": config.student.narrows,
+        "privacy.unit": config.privacy.unit == "example",
+        "privacy.secure-aggregation": config.privacy.secure_aggregation,
+        "server.public-epochs": config.server.strategy in ("feddf", *VOTING),
+        "client.mentor-layers": config.server.strategy == "fedkd",
+    }
+    return [key for key, given in keys.items() if given]
+
+
+# --- on screen -----------------------------------------------------------------------------------
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """The description in lines of at most 80 characters."""
+    teacher, student, sent, seconds = (found[name] for name in ("teacher", "student", "bytes_per_round", "seconds"))
+    left = found["clients"] - found["eligible"]
+    note = f", {left} left out with too few examples" if left else ""
+    about = f", about {spoken(seconds['fine_tuning'])}" if seconds["fine_tuning"] else ""
+    tuned = "used as it is" if not teacher["fine_tuned"] else "fine-tuned before, in the cache"
+    if not teacher["there"]:
+        tuned = f"will be fine-tuned on {found['public']:,} public examples{about}"
+    rank = f" of rank {student['rank']}" if student["rank"] else ""
+    told = [
+        f"task      {found['task']}, scored by {found['metric']}, seed {found['seed']}",
+        f"clients   {found['clients']}{note}; {found['cohort']} a round, {found['rounds']} rounds",
+        f"teacher   {teacher['model']}, {teacher['parameters']:,} parameters;",
+        f"          {tuned}",
+        f"student   layers {', '.join(map(str, student['layers']))}; {student['heads']} heads, "
+        f"{student['neurons']:,} neurons, {student['pieces']:,} word pieces{rank};",
+        f"          {student['parameters']:,} parameters, {student['ratio']:.1%} of its teacher's; "
+        f"{student['sent']:,} of them travel",
+    ]
+    if sent is None:
+        told.append("a round   outputs on public text travel, no weights; their bytes are not predicted")
+    else:
+        told += [
+            f"a round   {sent['down'] / MEGA:,.1f} MB down, {sent['up'] / MEGA:,.1f} MB up "
+            f"between the server and {found['workers']} workers;",
+            f"          {sent['client_down'] / MEGA:,.1f} MB down, {sent['client_up'] / MEGA:,.1f} MB up for a client "
+            "on a device of its own",
+        ]
+    told.append(f"time      about {spoken(seconds['total'])}, an estimate for this machine as it is now:")
+    told.append(
+        f"          {spoken(seconds['start'] + seconds['once'] + seconds['fine_tuning'])} before round 1, "
+        f"then {spoken(seconds['round'])} a round"
+    )
+    if found["not_counted"]:
+        told.append(f"          not counted: what {', '.join(found['not_counted'])} adds")
+    return [part for line in told for part in textwrap.wrap(line, 80, subsequent_indent=" " * 10)] + [""]
+
+
+def spoken(seconds: float) -> str:
+    """``8 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def shard_sheet(found: Mapping[str, Any]) -> Sheet:
+    """Sizes and label mix of the largest clients to the smallest; of many, some."""
+    shards = found["shards"]
+    counts, names = np.asarray(shards["counts"]), shards["classes"]
+    sizes = np.asarray(shards["train"]) + np.asarray(shards["held_out"])
+    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))
+    shown = names[:CLASSES] if len(names) > CLASSES else names
+    rows: list[Row] = []
+    for client in order[places]:
+        whole = max(int(counts[client].sum()), 1)
+        share = [f"{counts[client][number] / whole:.0%}" for number in range(len(shown))]
+        rows.append((str(client), f"{shards['train'][client]:,}", f"{shards['held_out'][client]:,}", *share))
+    total = counts.sum(axis=0)
+    every = [f"{total[number] / max(total.sum(), 1):.0%}" for number in range(len(shown))]
+    rows.append(("all", f"{sum(shards['train']):,}", f"{sum(shards['held_out']):,}", *every))
+    few = f"{len(places)} of {len(sizes)} clients, " if len(places) < len(sizes) else ""
+    notes = [f"{len(names) - len(shown)} more classes are in --json."] if len(shown) < len(names) else []
+    return Sheet(f"shards: {few}the largest first", ("client", "train", "held out", *shown), [rows], notes, width=14)

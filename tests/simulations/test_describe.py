@@ -1,0 +1,61 @@
+"""What a run would do: its bytes are those of the messages, its times those of the arithmetic."""
+
+import json
+
+import pytest
+
+from clients.device_profile import Line
+from common.config import from_flat
+from common.errors import InputError
+from common.progress import Silent
+from simulations import describe
+from simulations.describe import bytes_of, examine, lines, shard_sheet, spoken
+from tests.conftest import make_teacher
+
+
+def test_a_packed_round_is_a_student_down_twice_and_a_sum_up_for_each_worker():
+    """1,000 weights: 4 bytes each to two workers, to train and to score; 8 bytes each of a sum."""
+    keys = {"server.packing": "on", "runtime.workers": 2, "data.clients": 10}
+    sent = bytes_of(from_flat(keys), 1000, 10)
+    assert (sent.down, sent.up) == (4 * 1000 * 4, 8 * 1000 * 2)
+    assert (sent.client_down, sent.client_up) == (8000, 8000)
+
+
+def test_without_packing_each_client_sends_its_own():
+    keys = {"server.wire": "fp16", "server.packing": "off", "runtime.workers": 2, "data.clients": 10}
+    sent = bytes_of(from_flat({**keys, "server.cohort": 5}), 1000, 10)
+    assert (sent.down, sent.up) == (4 * 1000 * 4, 2 * 1000 * 5)
+    assert bytes_of(from_flat({"server.strategy": "fedmd"}), 1000, 10) is None
+
+
+def test_a_federation_is_described_without_running_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(describe, "probe", lambda config, progress: type("P", (), {"training": Line(1e9, 0.0, ())}))
+    keys = {
+        "teacher.model": str(make_teacher(tmp_path / "encoder", labels=0)), "data.limit": 300, "data.max-length": 32,
+        "data.clients": 9, "student.layers": 2, "runtime.workers": 2, "runtime.cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    found = examine(from_flat(keys), Silent())
+    assert found == json.loads(json.dumps(found))
+    shards = found["shards"]
+    assert [sum(row) for row in shards["counts"]] == [
+        train + held for train, held in zip(shards["train"], shards["held_out"], strict=True)
+    ]
+    assert sum(map(sum, shards["counts"])) + found["public"] == 300
+    assert (found["teacher"]["fine_tuned"], found["teacher"]["there"]) == (True, False)
+    assert found["seconds"]["total"] == pytest.approx(
+        found["seconds"]["start"] + found["seconds"]["fine_tuning"] + found["seconds"]["once"]
+        + found["rounds"] * found["seconds"]["round"]
+    )  # fmt: skip
+    assert not list((tmp_path / "cache").glob("teachers/*"))  # nothing was fine-tuned
+    assert max(map(len, lines(found))) <= 80
+    sheet = shard_sheet(found)
+    assert sheet.sections[0][-1][0] == "all"
+
+
+def test_texts_of_others_are_not_described():
+    with pytest.raises(InputError, match="the private texts are with the clients"):
+        examine(from_flat({"task": "text", "data.source": "a.csv", "data.private": "at-clients"}), Silent())
+
+
+def test_times_are_told_in_words():
+    assert [spoken(seconds) for seconds in (3.21, 42.4, 240.0, 9000.0)] == ["3.2 s", "42 s", "4 min", "2.5 h"]
