@@ -122,7 +122,7 @@ def try_ray() -> float:
         os.environ.setdefault(name, value)
     import ray
 
-    _start_ray(1)
+    start_ray(1)
     try:
         return float(ray.cluster_resources().get("CPU", 0.0))
     finally:
