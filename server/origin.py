@@ -13,8 +13,8 @@ from common.errors import InputError
 from common.families import family_of
 from common.hashing import hash_json, hash_tensors
 from common.models import load_teacher
-from common.recipe import BY_PLACE
 from common.progress import Progress
+from common.recipe import BY_PLACE
 from common.seeding import seed_for
 from common.store import cache_folder
 from common.tokens import Tokens
