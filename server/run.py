@@ -15,6 +15,7 @@ from server.history import summarise, unprepared_summary
 from server.preparation import Federation
 from server.report import write_report
 from server.run_folder import RunFolder
+from server.shards import write_shards
 from server.strategy import FederatedDistillation
 
 
@@ -39,6 +40,7 @@ def run_federation(
     strategy = FederatedDistillation(federation, folder, progress, nodes=nodes, stopped=stopped, on_hang=on_hang)
     status = "failed"
     try:
+        write_shards(federation, folder.path)
         strategy.run(grid)
         save_student(federation, folder)
         status = "completed"
