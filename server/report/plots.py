@@ -21,14 +21,14 @@ INK, SOFT, LINE, CARD = "#010101", "#020202", "#030303", "#040404"
 COLOURS = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606")
 _NAMES = {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"} | {c: f"c{n}" for n, c in enumerate(COLOURS, start=1)}
 _THEME = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
-    "legend.handlelength": 1.6, "legend.columnspacing": 1.2, "text.color": INK, "axes.labelcolor": INK,
-    "axes.titlecolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid": False, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "figure.facecolor": "none",
-    "savefig.facecolor": "none", "lines.linewidth": 1.6, "lines.markersize": 4.5, "hatch.color": SOFT,
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "axes.titlesize": 10.5,
+    "axes.titleweight": "bold", "axes.labelsize": 10.5, "xtick.labelsize": 10, "ytick.labelsize": 10,
+    "legend.fontsize": 10, "legend.frameon": False, "legend.handlelength": 1.6, "legend.columnspacing": 1.2,
+    "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT,
+    "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": LINE, "grid.linewidth": 0.6,
+    "axes.grid": False, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "lines.linewidth": 1.6,
+    "lines.markersize": 4.5, "hatch.color": SOFT,
 }  # fmt: skip
 
 

@@ -35,12 +35,12 @@ def score_per_round(run: Run) -> Section:
         return Section("Score per round", ["No round was scored yet."])
     figure, axes = canvas(3.1)
     spread = [line for line in scored if (line.get("spread") or {}).get("std") is not None]
-    if spread:
-        _band(axes, spread, metric)
     axes.plot(*student, mark(len(student[0])) + "-", color=COLOURS[0], label="student, clients")
     axes.plot(*_points(scored, "teacher", metric), "--", color=COLOURS[1], label="teacher, clients")
     if public[0]:
         axes.plot(*public, mark(len(public[0]), "s") + ":", color=COLOURS[2], label="student, validation")
+    if spread:
+        _band(axes, spread, metric)
     axes.set_ylabel(short(metric))
     rounds_axis(axes)
     legend_above(figure, axes)
@@ -162,7 +162,7 @@ def _is_loss(name: str) -> bool:
 
 
 def _loss_name(name: str) -> str:
-    return {"loss": "all", "hard_loss": "labels", "soft_loss": "soft targets"}.get(name, name.removesuffix("_loss"))
+    return {"loss": "loss", "hard_loss": "labels", "soft_loss": "soft targets"}.get(name, name.removesuffix("_loss"))
 
 
 # --- tiers ---------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def tiers(run: Run) -> Section | None:
     legend_above(figure, both[0], 3)
     rows = _tier_rows(run, lines)
     last = ", ".join(f"{row[0]} {row[-3]}" for row in rows)
-    words = f"{metric} of each tier's student on its own clients' text after round {lines[-1]['round']}: {last}."
+    words = f"After round {lines[-1]['round']}, each tier's {metric} on its own clients' text: {last}."
     note = "Names are layers/heads/neurons. A tier's clients have other text than another's."
     head = ("layers/heads/neurons", "clients", "parameters", "teacher", "student", "kept", "validation")
     table = Table(f"{metric}, in the end", head, rows)
@@ -198,7 +198,7 @@ def tiers(run: Run) -> Section | None:
 
 def _tier_rows(run: Run, lines: Sequence[Line]) -> list[tuple[str, ...]]:
     metric, found = run.metric, run.summary.get("tiers") or lines[-1]["tiers"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for tier in found:
         own, below, public = ((tier.get(place) or {}).get(metric) for place in ("federated", "teacher", "validation"))
         kept = own / below if own is not None and below is not None and below > 0 else None

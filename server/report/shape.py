@@ -105,8 +105,8 @@ def _table(models: Sequence[Model]) -> Table:
 def _draw(teacher: Model, student: Model, *, foreign: bool) -> str:
     rows = max(len(teacher.layers), len(student.layers))
     tall = min(0.36, 9.0 / rows)
-    figure, axes = canvas(tall * rows + 1.25)
-    axes.set(xlim=(-0.12, 2.1), ylim=(-2.3, rows))
+    figure, axes = canvas(tall * rows + 1.35)
+    axes.set(xlim=(-0.12, 2.13), ylim=(-2.2, rows))
     axes.axis("off")
     for column, model in enumerate((teacher, student)):
         left, colour = column * 1.1, (COLOURS[5], COLOURS[0])[column]
@@ -116,11 +116,10 @@ def _draw(teacher: Model, student: Model, *, foreign: bool) -> str:
             width = model.neurons / max(teacher.neurons, student.neurons)
             _layer(axes, (left, row), have.get(row), max(len(teacher.heads[0]), len(model.heads[0])), width, colour)
         _words_block(axes, left, model, teacher, colour)
-        axes.text(left, -1.75, f"{model.params:,} parameters", fontsize=9, va="center")
-        axes.set_title("")
+        axes.text(left, -1.75, f"{model.params:,} parameters", fontsize=10, va="center")
         axes.text(left, rows + 0.05, model.name, weight="bold", va="bottom")
     for row in range(rows):
-        axes.text(-0.04, row + 0.45, str(row), ha="right", va="center", fontsize=8, color=SOFT)
+        axes.text(-0.04, row + 0.45, str(row), ha="right", va="center", fontsize=9, color=SOFT)
     return svg(figure, "shape")
 
 
@@ -131,14 +130,14 @@ def _layer(  # noqa: PLR0917
     from matplotlib.patches import Rectangle
 
     left, bottom = corner
-    dashed = {"facecolor": "none", "edgecolor": SOFT, "lw": 0.6}
+    dashed: dict[str, Any] = {"facecolor": "none", "edgecolor": SOFT, "lw": 0.6}
     if heads is None:
         axes.add_patch(Rectangle((left, bottom + 0.05), 1, 0.8, linestyle="--", **dashed))
         return
     if most <= SQUARES:
         step = 1 / most
         for head in range(most):
-            look = {"facecolor": colour, "lw": 0} if head in heads else dashed
+            look: dict[str, Any] = {"facecolor": colour, "lw": 0} if head in heads else dashed
             axes.add_patch(Rectangle((left + head * step, bottom + 0.47), 0.84 * step, 0.38, **look))
     else:
         axes.add_patch(Rectangle((left, bottom + 0.47), 1, 0.38, **dashed))
@@ -152,9 +151,9 @@ def _words_block(axes: Any, left: float, model: Model, teacher: Model, colour: s
     from matplotlib.patches import Rectangle
 
     high = 0.8 * (model.rank / teacher.hidden if model.rank and teacher.hidden else 1.0)
-    dashed = {"facecolor": "none", "edgecolor": SOFT, "lw": 0.6}
+    dashed: dict[str, Any] = {"facecolor": "none", "edgecolor": SOFT, "lw": 0.6}
     axes.add_patch(Rectangle((left, -1.05), 1, 0.8, **dashed))
     wide = min(model.pieces / max(teacher.pieces, 1), 1.0)
     axes.add_patch(Rectangle((left, -1.05), wide, high, facecolor=colour, lw=0, alpha=0.4))
     said = f"{model.pieces:,} word pieces" + (f", rank {model.rank}" if model.rank else "")
-    axes.text(left, -1.32, said, fontsize=9, va="center", color=INK)
+    axes.text(left, -1.32, said, fontsize=10, va="center", color=INK)

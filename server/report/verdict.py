@@ -106,5 +106,5 @@ def scores(run: Run) -> Section:
         sizes = (number(teacher["params"]), number(student["params"]), share(student["params_ratio"]))
         rows.append(("parameters", *sizes))
     note = run.summary.get("privacy", {}).get("note")
-    table = Table("Scores and sizes", ("", "teacher", "student", "student / teacher"), rows)
+    table = Table("Scores and sizes", ("", "teacher", "student", "share"), rows)
     return Section("Teacher and student", [table, *([f"Privacy: {note}."] if note else [])])
