@@ -8,8 +8,11 @@ import pytest
 
 from common.errors import InputError
 from server.report import write_report
+from server.report.keys import configuration
 from server.report.page import POLICY, STYLE, Figure, Section, page
 from server.report.plots import canvas, short, svg, theme
+from server.report.read import read_run
+from server.report.rounds import tiers
 from tests.run_folders import make_run
 
 HOSTILE = """<script>alert(1)</script>"><img src=x onerror='alert(2)'>&amp; $x$ $"""
@@ -55,8 +58,13 @@ def sections(found):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return read(make_run(tmp_path_factory.mktemp("run"), faults=True))
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"), faults=True)
+
+
+@pytest.fixture(scope="module")
+def finished(run):
+    return read(run)
 
 
 def test_the_verdict_comes_first(finished):
@@ -114,8 +122,8 @@ def test_findings_are_those_of_the_journals(finished):
 
 
 def test_keys_that_are_not_the_default_come_first(tmp_path):
-    found = sections(read(make_run(tmp_path, client__lr=0.5)))["Configuration"]
-    first, every = found.split("All ")
+    keys = configuration(read_run(make_run(tmp_path, client__lr=0.5)))
+    first, every = Page(page("t", "v", (), [keys])).texts["section"][0].split("All ")
     assert "client.lr0.50.0003" in first
     assert "distill.temperature" not in first
     assert "distill.temperature2.0" in every
@@ -144,7 +152,8 @@ def test_a_run_that_was_killed_before_its_first_score_has_a_report(tmp_path):
 
 
 def test_tiers_have_curves_and_a_table(tmp_path):
-    found = sections(read(make_run(tmp_path, tiers=True)))["Tiers"]
+    with theme():
+        found = Page(page("t", "v", (), [tiers(read_run(make_run(tmp_path, tiers=True)))])).texts["section"][0]
     assert "1/1/8 0.6000, 2/2/16 0.6000" in found
     assert "1/1/825000.80000.600075.0 %0.6000" in found
 
@@ -218,9 +227,9 @@ def test_nothing_that_goes_in_becomes_markup(tmp_path):
     assert HOSTILE in found.texts["h1"][0]
 
 
-def test_the_same_folder_gives_the_same_page(tmp_path):
-    run = make_run(tmp_path)
-    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+def test_the_same_folder_gives_the_same_page(finished, run):
+    before = (run / "report.html").read_bytes()
+    assert write_report(run).read_bytes() == before
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
