@@ -19,22 +19,27 @@ def shards(run: Run) -> Section:
     """Client by label, of all clients or of some that stand for them; or why nobody is told."""
     if run.shards is None or not run.shards[1].size or not run.shards[1].any():
         return Section(TITLE, [_why_not(run)])
-    names, counts = _fewer_labels(*run.shards)
+    names, counts = run.shards
     sizes = counts.sum(axis=1)
+    shown = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[:MOST_LABELS])
     order = np.flatnonzero(sizes)
     every = len(order) <= MOST_CLIENTS
     if not every:
         by_size = order[np.argsort(sizes[order], kind="stable")]
         order = by_size[np.linspace(0, len(order) - 1, MOST_CLIENTS).round().astype(int)]
-    drawn = _draw(names, counts[order], order, every=every)
-    note = "Above: examples of a client, held-out ones included. Below: the darker, the larger a label's share of them."
+    common = [names[label] for label in shown]
+    drawn = _draw(common, counts[np.ix_(order, shown)], sizes[order], order, every=every)
+    note = "Above: examples of a client, held-out ones included. Below: the denser, the larger a label's share of them."
     if not every:
         note += (
             f" {MOST_CLIENTS} of {many(int((sizes > 0).sum()), 'client')} are drawn, evenly spaced from the smallest "
             "shard to the largest."
         )
-    rows = [(f"client {client}", *(f"{count:,}" for count in (*counts[client], sizes[client]))) for client in order]
-    table = Table("Private examples by client and label", ("", *names, "all"), rows)
+    if len(shown) < len(names):
+        rest = 1.0 - counts[:, shown].sum() / counts.sum()
+        note += f" The {len(shown)} commonest of {len(names):,} labels are drawn; the others have {share(rest)}."
+    rows = [(f"client {one}", *(f"{count:,}" for count in (*counts[one, shown], sizes[one]))) for one in order]
+    table = Table("Private examples by client and label", ("", *common, "all labels"), rows)
     return Section(TITLE, [Figure(drawn, _words(counts, sizes), note, [table])])
 
 
@@ -44,16 +49,6 @@ def _why_not(run: Run) -> str:
     if run.key("data.private") == "at-clients":
         return "Not known: the private texts are with the clients, and the server never sees them."
     return "Not there: the run left no shards.json (it ended before its first round, or an earlier version wrote it)."
-
-
-def _fewer_labels(names: list[str], counts: Counts) -> tuple[list[str], Counts]:
-    """The commonest labels, and the others as one."""
-    if len(names) <= MOST_LABELS:
-        return names, counts
-    common = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[: MOST_LABELS - 1])
-    rest = np.delete(counts, common, axis=1).sum(axis=1, keepdims=True)
-    others = f"{len(names) - len(common)} others"
-    return [*(names[number] for number in common), others], np.hstack([counts[:, common], rest])
 
 
 def _words(counts: Counts, sizes: Counts) -> str:
@@ -71,14 +66,16 @@ def _words(counts: Counts, sizes: Counts) -> str:
     return f"{listed(words)}."
 
 
-def _draw(names: list[str], counts: Counts, order: Counts, *, every: bool) -> str:
+def _draw(names: list[str], counts: Counts, sizes: Counts, order: Counts, *, every: bool) -> str:
+    """Args: counts: (clients, labels) of what is shown; sizes: (clients,) of all labels."""
     from matplotlib.patches import Patch
 
     clients, labels = counts.shape
     figure, (above, below) = canvas(
         1.9 + 0.2 * max(labels, 3), 2, 1, sharex=True, height_ratios=(0.9, 0.2 * max(labels, 3))
     )
-    sizes = counts.sum(axis=1)
+    shares = counts / sizes[:, None]
+    most = float(shares.max())
     above.bar(range(clients), sizes, 0.8, color=COLOURS[5])
     above.set_ylabel("examples")
     above.locator_params(axis="y", nbins=3)
@@ -86,7 +83,7 @@ def _draw(names: list[str], counts: Counts, order: Counts, *, every: bool) -> st
     below.pcolormesh(
         np.arange(clients + 1) - 0.5,
         np.arange(labels + 1) - 0.5,
-        *_cells(counts / sizes[:, None]),
+        _cells(shares / most),
         edgecolors=CARD,
         linewidth=0.5,
     )
@@ -95,17 +92,17 @@ def _draw(names: list[str], counts: Counts, order: Counts, *, every: bool) -> st
     below.tick_params(length=0)
     below.spines[:].set_visible(False)
     _client_ticks(below, order, every=every)
-    shades = [Patch(facecolor=(*_rgb(COLOURS[0]), part), edgecolor=INK, lw=0.4, label=f"{100 * part:.0f} %")
+    shades = [Patch(facecolor=(*_rgb(COLOURS[0]), part), edgecolor=INK, lw=0.4, label=f"{100 * part * most:.2g} %")
               for part in (0.0, 0.25, 0.5, 0.75, 1.0)]  # fmt: skip
     figure.legend(handles=shades, loc="outside lower left", ncols=5, handlelength=1, columnspacing=1)
     return svg(figure, "shards")
 
 
-def _cells(shares: NDArray[np.float64]) -> tuple[Any]:
+def _cells(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """(labels, clients, 4) one colour, the denser the larger the share: that is right on a light ground and a dark."""
     colours = np.empty((*shares.T.shape, 4))
     colours[..., :3], colours[..., 3] = _rgb(COLOURS[0]), shares.T
-    return (colours,)
+    return colours
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

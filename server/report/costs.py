@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from server.report.page import Figure, Section, Table
-from server.report.plots import COLOURS, canvas, legend_above, mark, rounds_axis, svg
+from server.report.plots import COLOURS, CROWDED, canvas, legend_above, mark, rounds_axis, svg
 from server.report.read import Line, Run
 from server.report.verdict import any_fault, fault_words
 from server.report.words import listed, many, number, share, size, span
@@ -57,8 +57,12 @@ def _workers(run: Run) -> list[Figure]:
         f"{share(min(busy))}, the busiest for {share(max(busy))}."
     )
     note = f"{many(most, 'worker')}, of each round from the idlest to the busiest."
-    rows = [(str(line["round"]), " ".join(share(value) for value in line["busy"])) for line in lines]
-    return [Figure(svg(figure, "workers"), words, note, [Table("Share of training", ("round", "workers"), rows)])]
+    rows = [
+        (str(line["round"]), str(len(line["busy"])), *(share(pick(line["busy"])) for pick in (min, np.median, max)))
+        for line in lines
+    ]
+    head = ("round", "workers", "idlest", "median", "busiest")
+    return [Figure(svg(figure, "workers"), words, note, [Table("Work, as a share of training's time", head, rows)])]
 
 
 def _spread(lines: Sequence[Line], most: int) -> list[Line]:
@@ -89,15 +93,19 @@ def bytes_per_round(run: Run) -> Section:
     name, unit = next(((name, unit) for name, unit in (("GB", 1e9), ("MB", 1e6)) if most >= unit), ("kB", 1e3))
     figure, axes = canvas(2.6)
     for shift, (label, found) in enumerate((("to the clients", down), ("from the clients", up))):
-        places = np.array(list(found)) + (shift - 0.5) * 0.4
-        axes.bar(places, [value / unit for value in found.values()], 0.4, color=COLOURS[shift], label=label)
+        rounds, values = np.array(list(found)), np.array(list(found.values())) / unit
+        if len(rounds) > CROWDED:
+            axes.step(rounds, values, ("-", "--")[shift], where="mid", color=COLOURS[shift], label=label)
+        else:
+            axes.bar(rounds + (shift - 0.5) * 0.4, values, 0.4, color=COLOURS[shift], label=label)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel(name)
     rounds_axis(axes)
     legend_above(figure, axes)
-    both, rounds = sum(down.values()) + sum(up.values()), max(run.summary.get("rounds", 0), 1)
+    both, count = sum(down.values()) + sum(up.values()), max(run.summary.get("rounds", 0), 1)
     words = (
         f"{size(both)} in all: {size(sum(down.values()))} to the clients and {size(sum(up.values()))} from them, about "
-        f"{size(both / rounds)} a round."
+        f"{size(both / count)} a round."
     )
     rows = [(str(each), f"{down[each]:,}", f"{up[each]:,}") for each in sorted(down)]
     table = Table("Bytes per round", ("round", "to the clients", "from the clients"), rows)
@@ -153,16 +161,16 @@ def _per_round(costs: Sequence[Line], name: str) -> dict[str, dict[int, float]]:
 
 
 def _stacked(axes: Any, parts: Mapping[str, Mapping[int, float]]) -> None:
-    """Bars of parts on each other, a bar for each round."""
-    below: dict[int, float] = {}
-    for place, (label, found) in enumerate(parts.items()):
-        rounds = list(found)
-        bottom = [below.get(each, 0.0) for each in rounds]
-        hatch = "" if place < len(COLOURS) else "//"
-        axes.bar(
-            rounds, list(found.values()), 0.8, bottom, color=COLOURS[place % len(COLOURS)], label=label, hatch=hatch
-        )
-        below |= {each: below.get(each, 0.0) + value for each, value in found.items()}
+    """Parts on each other: a bar for each round, or a band over many."""
+    rounds = sorted(set().union(*parts.values()))
+    names, colours = list(parts), [COLOURS[place % len(COLOURS)] for place in range(len(parts))]
+    values = np.array([[parts[name].get(each, 0.0) for each in rounds] for name in names])
+    if len(rounds) > CROWDED:
+        axes.stackplot(rounds, values, colors=colours, labels=names, step="mid", lw=0)
+    else:
+        tops = values.cumsum(axis=0)
+        for name, colour, height, top in zip(names, colours, values, tops, strict=True):
+            axes.bar(rounds, height, 0.8, top - height, color=colour, label=name)
     rounds_axis(axes)
 
 

@@ -38,8 +38,8 @@ figcaption { margin: .5rem 0; overflow-wrap: anywhere; } figcaption .note { disp
 .scroll { overflow-x: auto; } .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--c1); }
 table { border-collapse: collapse; min-width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: .25rem 0; }
-th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { white-space: nowrap; } tbody th { min-width: 6.5rem; } table.words tbody th { white-space: nowrap; }
+th, td { text-align: right; padding: .3rem .4rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; } tbody th { min-width: 5.5rem; } table.words tbody th { white-space: nowrap; }
 th { font-weight: 600; } th:first-child, table.words :is(td, th) { text-align: left; }
 tbody th { font-weight: 400; } table.words td { overflow-wrap: anywhere; min-width: 7rem; white-space: normal; }
 summary { cursor: pointer; padding: .25rem 0; color: var(--soft); }

@@ -79,8 +79,8 @@ def _score_words(
     if spread:
         last = spread[-1]["spread"]
         words += (
-            f". Clients differ by a standard deviation of {number(last['std'])}; the worst tenth of them is at most at "
-            f"{number(last['worst_decile'])}"
+            f". Clients differ by a standard deviation of {number(last['std'])}; the worst tenth of them scores at "
+            f"most {number(last['worst_decile'])}"
         )
     return words + "."
 

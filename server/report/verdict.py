@@ -7,19 +7,14 @@ from server.report.page import Fact, Section, Table
 from server.report.read import Run
 from server.report.words import listed, many, number, share, size, span
 
-PLACES = (("federated", "held by the clients"), ("validation", "public validation"))
+PLACES = (("federated", "at the clients"), ("validation", "on validation"))
 STATUS = {
     "completed": "Completed",
     "failed": "Failed",
     "interrupted": "Stopped by its user",
     "unfinished": "Not finished: the run was killed, or goes on",
 }
-FAULTS = {
-    "failed": "failed",
-    "rejected": "sent what was refused",
-    "late": "did not answer in time",
-    "retried": "failed at first and were asked again",
-}
+FAULTS = {"failed": "failed", "rejected": "refused", "late": "late", "retried": "lost at first and asked again"}
 
 
 def verdict(run: Run) -> str:
@@ -33,15 +28,17 @@ def verdict(run: Run) -> str:
 
 
 def _kept(run: Run, place: str) -> str:
-    """keeps 97.0 % of its teacher's accuracy on public validation (0.8730 to 0.9000)"""
+    """keeps 97.0 % of its teacher's accuracy on public validation (0.8730 against 0.9000)"""
     summary, metric = run.summary, run.metric
     found, below = (summary[who][place].get(metric) for who in ("student", "teacher"))
     if found is None:
         return ""
-    clients = many(summary["clients"], "client") if summary["clients"] else "the clients"
+    scored = run.of("evaluate")[-1:]
+    asked = next((line.get("clients") for line in scored), None) or summary["clients"]
+    clients = many(asked, "client") if asked else "the clients"
     where = f"on text that stayed with {clients}" if place == "federated" else "on public validation"
     if (kept := summary["retention"].get(place)) is not None:
-        return f"keeps {share(kept)} of its teacher's {metric} {where} ({number(found)} to {number(below)})"
+        return f"keeps {share(kept)} of its teacher's {metric} {where} ({number(found)} against {number(below)})"
     return f"reaches {metric} {number(found)} {where}" + ("" if below is None else f" (its teacher {number(below)})")
 
 
@@ -53,22 +50,23 @@ def facts(run: Run) -> Iterator[Fact]:
     teacher, student, cost = summary["teacher"], summary["student"], summary["cost"]
     place = "federated" if student["federated"].get(metric) is not None else "validation"
     where = dict(PLACES)[place]
-    yield Fact("Teacher", number(teacher[place].get(metric)), f"{metric}, {where}")
-    yield Fact("Student", number(student[place].get(metric)), f"{metric}, {where}")
+    yield Fact("Teacher", number(teacher[place].get(metric)), f"{metric} {where}")
+    yield Fact("Student", number(student[place].get(metric)), f"{metric} {where}")
     yield Fact("Kept of the teacher's score", share(summary["retention"].get(place)), where)
     if "params" in student:
         yield Fact("Size", share(student["params_ratio"]), f"{student['params']:,} of {teacher['params']:,} parameters")
     else:
         yield Fact("Size", "not known", "it is told when a run ends")
     if cost["examples"]:
-        yield Fact("Speed", f"{cost['examples_per_s']:,.0f} examples/s", f"{span(cost['train_s'])} of training")
+        yield Fact("Examples per second", f"{cost['examples_per_s']:,.0f}", f"{span(cost['train_s'])} of training")
     down, up = cost["bytes_down"], cost["bytes_up"]
     yield Fact("Bytes", size(down + up), f"{size(down)} to the clients, {size(up)} from them")
     if "wall_s" in cost:
         memory = f", {size(1e6 * cost['peak_rss_mb'])} of memory at the server" if "peak_rss_mb" in cost else ""
         yield Fact("Time", span(cost["wall_s"]), f"in all{memory}")
     yield _privacy(summary.get("privacy", {}))
-    yield Fact("Faults", str(sum(summary["faults"].values())) if any_fault(summary) else "none", fault_words(summary))
+    lost = sum(count for name, count in summary["faults"].items() if name != "retried")
+    yield Fact("Clients lost", str(lost or "none"), fault_words(summary))
 
 
 def _privacy(block: dict[str, Any]) -> Fact:
@@ -87,9 +85,9 @@ def any_fault(summary: dict[str, Any]) -> bool:
 
 
 def fault_words(summary: dict[str, Any]) -> str:
-    """2 failed and 1 did not answer in time."""
+    """2 failed and 1 late."""
     found = [f"{count} {FAULTS.get(name, name)}" for name, count in summary.get("faults", {}).items() if count]
-    return f"of clients asked, {listed(found)}" if found else "every client that was asked has answered"
+    return listed(found) if found else "every client that was asked has answered"
 
 
 def scores(run: Run) -> Section:
@@ -100,7 +98,7 @@ def scores(run: Run) -> Section:
             if metric not in ("n", "spearman_bound"):
                 below = run.summary["teacher"][place].get(metric)
                 kept = value / below if value is not None and below is not None and below > 0 else None
-                rows.append((f"{metric}, {where}", number(below), number(value), share(kept)))
+                rows.append((f"{metric} {where}", number(below), number(value), share(kept)))
     student, teacher = run.summary["student"], run.summary["teacher"]
     if "params" in student:
         sizes = (number(teacher["params"]), number(student["params"]), share(student["params_ratio"]))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
