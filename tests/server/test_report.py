@@ -72,7 +72,8 @@ def test_the_verdict_comes_first(finished):
     verdict = next(text for text in finished.texts["p"])
     assert verdict == (
         "Completed, after 3 rounds. The student keeps 75.0 % of its teacher's accuracy on text that stayed with 4 "
-        "clients (0.6000 against 0.8000) and keeps 72.2 % of its teacher's accuracy on public validation (0.6500 against 0.9000)."
+        "clients (0.6000 against 0.8000) and keeps 72.2 % of its teacher's accuracy on public validation (0.6500 "
+        "against 0.9000)."
     )
     facts = " ".join(finished.texts["dl"])
     for said in (
