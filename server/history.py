@@ -84,6 +84,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
     student_size, teacher_size = count_parameters(federation.student), count_parameters(federation.lesson.model)
     teacher = {
         "params": teacher_size,
+        "shape": whole_figures(federation.lesson.model.config),
         "federated": history.teacher,
         "validation": federation.lesson.validation,
         "fine_tuned_on": federation.teacher.fine_tuned_on,
@@ -149,6 +150,12 @@ def shape_figures(shape: Shape) -> dict[str, Any]:
         "pieces": shape.pieces,
         "rank": shape.rank,
     }
+
+
+def whole_figures(config: Any) -> dict[str, Any]:
+    """The same of a model with this configuration, and the width of its layers."""
+    whole = Shape.whole(config, tuple(range(int(config.num_hidden_layers))))
+    return {**shape_figures(whole), "hidden": int(config.hidden_size)}
 
 
 def unprepared_summary(config: Any, status: str) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             with suppress(OSError):
                 folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
+                write_report(folder.path)
         raise
     finally:
         folder.close()

@@ -1,4 +1,5 @@
-"""What a run leaves behind: config.toml, metrics.jsonl, costs.jsonl, summary.json, checkpoints/, student/.
+"""What a run leaves behind: config.toml, metrics.jsonl, costs.jsonl, summary.json, checkpoints/, student/, report.html;
+of a simulation in which nothing is protected shards.json too.
 
 metrics.jsonl holds what was learnt: the same for two runs of the same bits, and for one that was killed and
 continued. Times and bytes stand in costs.jsonl.
@@ -20,6 +21,7 @@ from common.store import write_atomically
 from server.trackers.chosen import Trackers
 
 JOURNALS = ("metrics.jsonl", "costs.jsonl")
+SHARDS = "shards.json"
 CLAIM = (".lock", ".config.toml.*")  # what a process leaves that is killed while it takes a folder
 
 

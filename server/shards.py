@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from common.dataset import FederatedDataset
 from common.store import write_atomically
 from server.preparation import Federation
+from server.run_folder import SHARDS
 
-SHARDS = "shards.json"
 BINS = 5  # of a score that is predicted
 UNLABELLED = "unlabelled"
 

@@ -30,8 +30,18 @@ app = typer.Typer(
 )
 app.add_typer(edge_cli.app, name="edge")
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="keys in TOML; none: the demo")]
+
+
+def beginning_with(begun: str) -> list[str]:
+    """The keys that the shell may complete to."""
+    return [f"{key}=" for key in default_keys() if key.startswith(begun)]
+
+
 Settings = Annotated[
-    list[str] | None, typer.Option("-s", "--set", metavar="KEY=VALUE", help="one key; `fedistill keys` lists them")
+    list[str] | None,
+    typer.Option(
+        "-s", "--set", metavar="KEY=VALUE", help="one key; `fedistill keys` lists them", autocompletion=beginning_with
+    ),
 ]
 
 

@@ -181,8 +181,9 @@ def column_names(columns: Sequence[Column]) -> list[str]:
     return names(shared if len(set(shared)) == len(shared) else [column.runs[0].path for column in columns])
 
 
-def differing(flats: Sequence[Mapping[str, Scalar]]) -> list[str]:
+def differing(configs: Sequence[Config]) -> list[str]:
     """The keys that have not the same value in all."""
+    flats = [config.flat() for config in configs]
     return [key for key in flats[0] if len({flat[key] for flat in flats}) > 1]
 
 
@@ -196,7 +197,8 @@ def compare_sheet(columns: Sequence[Column], part: slice = slice(None)) -> Sheet
     def row(label: str, cell: Callable[[Column], str]) -> Row:
         return (label, *map(cell, shown))
 
-    said = [row(key, lambda one, key=key: _value(one.flat[key])) for key in differing([c.flat for c in columns])]  # type: ignore[misc]
+    varied = [key for key in differing([column.runs[0].config for column in columns]) if key != "seed"]
+    said = [row(key, lambda one, key=key: _value(one.flat[key])) for key in varied]  # type: ignore[misc]
     if len({column.seeds for column in columns}) > 1 or any(len(column.seeds) > 1 for column in columns):
         said.append(row("seeds", _seeds))
     said.append(row("status", _status))
@@ -266,7 +268,10 @@ def csv_of(runs: Sequence[Run]) -> str:
     """Every run as a column, every number as it is: bytes, seconds, scores; what is not known is empty."""
     flats = [run.config.flat() for run in runs]
     rows: list[list[object]] = [["", *names([run.path for run in runs])]]
-    rows += [[key, *(_value(flat[key]) for flat in flats)] for key in dict.fromkeys(["seed", *differing(flats)])]
+    rows += [
+        [key, *(_value(flat[key]) for flat in flats)]
+        for key in dict.fromkeys(["seed", *differing([run.config for run in runs])])
+    ]
     rows += [["status", *(run.status for run in runs)], ["metric", *(run.summary.get("metric", "") for run in runs)]]
     found = [{**run.found, **_shares(run), "epsilon": run.epsilon} for run in runs]
     every = dict.fromkeys(name for each in found for name in each)

@@ -1,7 +1,8 @@
 """``fedistill audit``: attacks on federations, each in the arms that are compared, and what the defences cost.
 
 An audit's folder holds ARM/TASK/seed-N with config.toml, a file of rows for each attack that is done and what attacks
-keep to go on from; above them rows.parquet and audit.md, after every attack anew, and at the end the plots.
+keep to go on from; above them rows.parquet and audit.md, after every attack anew, and at the end the plots and
+report.html.
 """
 
 import json
@@ -22,6 +23,7 @@ from simulations.audits.attack import Attack, Row
 from simulations.audits.audit_file import Audit
 from simulations.audits.figures import attack_sheets, wide_sheet
 from simulations.audits.plots import plot
+from simulations.audits.report import write_audit_report
 from simulations.child import stoppable
 from simulations.compare import differing
 from simulations.display import console_on, progress_for
@@ -49,7 +51,7 @@ def audit(plan: Audit, out: Path) -> list[Row]:
         raise Interrupted from None
     for sheet in attack_sheets(rows, tuple(plan.plan.arms)):
         show(console, sheet)
-    for path in (*write(plan, rows, out), *plot(plan, rows, out)):
+    for path in (*write(plan, rows, out), *plot(plan, rows, out), write_audit_report(plan, rows, out)):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return rows
 

@@ -27,7 +27,7 @@ def plot(plan: "Audit", rows: Sequence[Row], out: Path) -> list[Path]:
     if not rows:
         return []
     found = _save(_against_epsilon(plan, rows), out / "audit")
-    curves = _curves(plan, out)
+    curves = curves_of(plan, out)
     return found + (_save(_rocs(curves), out / "roc") if curves else [])
 
 
@@ -79,22 +79,28 @@ def _drawn(cell: Figure | None) -> bool:
 
 
 def _chance(axis: Any, rows: Sequence[Row], line: Line) -> None:
-    chances = [
+    level = chance(rows, line)
+    if level is not None:
+        axis.axhline(level, color="grey", lw=1, ls=":")
+        axis.text(0.99, level, "guessing", transform=axis.get_yaxis_transform(), fontsize=7, ha="right", va="bottom",
+                  color="grey")  # fmt: skip
+
+
+def chance(rows: Sequence[Row], line: Line) -> float | None:
+    """What guessing reaches, the mean over arms and seeds; None: nothing is known of it."""
+    found = [
         float(str(row["chance"]))
         for row in rows
         if (row["attack"], row.get("variant") or "") == line and row.get("chance") is not None
     ]
-    if chances:
-        axis.axhline(float(np.mean(chances)), color="grey", lw=1, ls=":")
-        axis.text(0.99, float(np.mean(chances)), "guessing", transform=axis.get_yaxis_transform(), fontsize=7,
-                  ha="right", va="bottom", color="grey")  # fmt: skip
+    return float(np.mean(found)) if found else None
 
 
 def _words(epsilon: float) -> str:
     return f"{epsilon:g}" if epsilon else NONE
 
 
-def _curves(plan: "Audit", out: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+def curves_of(plan: "Audit", out: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     """By attack and arm (points,) true-positive rates on `GRID`, the mean over seeds."""
     found: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     for run in plan.plan.runs:

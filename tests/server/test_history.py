@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from common.config import from_flat
 from common.hashing import hash_tensors
@@ -48,13 +49,17 @@ HISTORY = History(
 
 def federation(**keys):
     """A student of three weights and a bias, a teacher of twenty; seven clients, of whom six take part."""
+    model = torch.nn.Linear(4, 4)
+    model.config = BertConfig(  # type: ignore[assignment]
+        num_hidden_layers=4, num_attention_heads=3, intermediate_size=9, hidden_size=6, vocab_size=60
+    )
     return SimpleNamespace(
         config=from_flat({"seed": 11} | {name.replace("__", "."): value for name, value in keys.items()}),
         data=SimpleNamespace(task=SimpleNamespace(name="mrpc", headline="f1"), clients=7, eligible=range(6)),
         student=torch.nn.Linear(3, 1, bias=True).requires_grad_(False),
         tiers=[None],
         teacher=SimpleNamespace(fine_tuned_on=77),
-        lesson=SimpleNamespace(model=torch.nn.Linear(4, 4), validation={"f1": 0.9, "n": 9}),
+        lesson=SimpleNamespace(model=model, validation={"f1": 0.9, "n": 9}),
         pupil=SimpleNamespace(shape=Shape((0, 3), ((1, 0), (2, 1)), ((4, 2, 0), (1, 3, 5)), 50, 7)),
     )
 
@@ -69,6 +74,8 @@ def test_a_summary_holds_what_a_run_has_measured():
     assert summary["student"]["federated"] == {"f1": 0.6, "n": 40}
     assert summary["student"]["shape"] == {"layers": [0, 3], "heads": 2, "neurons": 3, "pieces": 50, "rank": 7}
     assert summary["teacher"]["params"] == 20
+    whole = {"layers": [0, 1, 2, 3], "heads": 3, "neurons": 9, "pieces": 60, "rank": 0, "hidden": 6}
+    assert summary["teacher"]["shape"] == whole
     assert summary["teacher"]["validation"] == {"f1": 0.9, "n": 9}
     assert summary["retention"] == pytest.approx({"federated": 0.75, "validation": 0.5})
     assert summary["spread"] == {"clients": 2}

@@ -68,3 +68,12 @@ def test_a_configuration_file_that_is_none(call, tmp_path):
     code, error = call("bad.toml")
     assert code == 2
     assert "bad.toml: not a TOML file" in error
+
+
+def test_the_shell_completes_keys(monkeypatch, capsys):
+    for name, value in {"COMP_WORDS": "fedistill simulate -s student.l", "COMP_CWORD": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("_FEDISTILL_COMPLETE", "complete_bash")
+    with pytest.raises(SystemExit):
+        cli.app(prog_name="fedistill")
+    assert capsys.readouterr().out.split() == ["student.layers=", "student.layer-selection="]

@@ -1,0 +1,146 @@
+"""What a run folder holds, for its report: of a run that ended its summary, of one that was killed what it wrote."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import InputError
+from common.section import Scalar
+from server.run_folder import SHARDS
+
+UNFINISHED = "unfinished"
+FAULTS = ("failed", "rejected", "late")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        summary: that of the run; of one that did not end, the parts of it that its journals tell, with the status
+            `UNFINISHED`.
+        keys: the configuration, dotted.
+        lines, costs: of metrics.jsonl and costs.jsonl.
+        shards: names of the classes and (clients, classes) examples; None: they are not told.
+        kept: the student's shape as slim/shape.json has it; empty: there is none yet.
+    """
+
+    folder: Path
+    summary: Line
+    keys: dict[str, Scalar]
+    lines: Sequence[Line]
+    costs: Sequence[Line]
+    shards: tuple[list[str], NDArray[np.int64]] | None
+    kept: Line
+
+    @property
+    def metric(self) -> str:
+        """The headline score; empty: nothing was scored."""
+        return str(self.summary.get("metric") or "")
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.summary["status"] != UNFINISHED)
+
+    def of(self, phase: str) -> list[Line]:
+        """The lines of a phase, a round each, in order."""
+        return [line for line in self.lines if line.get("phase") == phase]
+
+    def key(self, name: str, default: Scalar = "") -> Scalar:
+        return self.keys.get(name, default)
+
+
+def read_run(folder: Path) -> Run:
+    """Open a run folder, whatever became of the run.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    try:
+        document = tomllib.loads((folder / "config.toml").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{folder}: no run there (its config.toml cannot be read)") from None
+    keys = _flat(document)
+    lines, costs = read_lines(folder / "metrics.jsonl"), read_lines(folder / "costs.jsonl")
+    summary = _object(folder / "summary.json") or _so_far(keys, lines, costs)
+    return Run(folder, summary, keys, lines, costs, _shards(folder), _object(folder / "slim" / "shape.json"))
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a journal; the last one of a run that was killed may be half there."""
+    found = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            break
+    return found
+
+
+def _object(path: Path) -> Line:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _flat(document: Mapping[str, Any]) -> dict[str, Scalar]:
+    found: dict[str, Scalar] = {}
+    for name, value in document.items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _shards(folder: Path) -> tuple[list[str], NDArray[np.int64]] | None:
+    found = _object(folder / SHARDS)
+    if not found:
+        return None
+    return [str(name) for name in found["classes"]], np.asarray(found["counts"], dtype=np.int64)
+
+
+def _so_far(keys: Mapping[str, Scalar], lines: Sequence[Line], costs: Sequence[Line]) -> Line:
+    """What summary.json would say of sizes in bytes, times and scores, as `server.journal` adds them up."""
+    train = [line for line in lines if line.get("phase") == "train"]
+    scored = [line for line in lines if line.get("phase") == "evaluate"]
+    valid = [line for line in lines if line.get("phase") == "validation"]
+    found: Line = {
+        "status": UNFINISHED,
+        "task": str(keys.get("task", "")),
+        "seed": keys.get("seed"),
+        "rounds": max((line["round"] for line in train), default=0),
+        "clients": int(keys.get("data.clients", 0)),
+    }
+    if not (scored or valid):
+        return found
+    last = scored[-1] if scored else {"student": {}, "teacher": {}}
+    validation = valid[-1]["student"] if valid else {}
+    examples = sum(line.get("examples", 0) for line in train) * int(keys.get("client.epochs", 1))
+    seconds = sum(line["seconds"] for line in costs if line["phase"] == "train")
+    total = {name: sum(line[name] for line in costs) for name in ("bytes_up", "bytes_down", "seconds")}
+    rate = examples / seconds if seconds else 0.0
+    faults = {name: sum(len(line.get(name, ())) for line in lines) for name in FAULTS}
+    return found | {
+        "metric": next(iter(last["student"] or validation)),
+        "teacher": {"federated": last["teacher"], "validation": {}},
+        "student": {"federated": last["student"], "validation": validation},
+        "retention": {"federated": last.get("retention"), "validation": None},
+        "privacy": _spent(keys, train),
+        "cost": {**total, "train_s": seconds, "examples": examples, "examples_per_s": rate},
+        "faults": faults | {"retried": sum(len(line.get("recovered", ())) for line in costs)},
+    }
+
+
+def _spent(keys: Mapping[str, Scalar], train: Sequence[Line]) -> Line:
+    unit = keys.get("privacy.unit", "none")
+    if unit == "none":
+        return {"unit": unit}
+    spent = train[-1].get("epsilon") if train else None
+    return {"unit": unit, "epsilon": spent, "delta": keys.get("privacy.delta"), "so_far": True}
