@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config import load_config
+from common.config import default_keys, load_config
 from common.errors import ExportFailed, InputError, Interrupted, RunFailed, place_of
 from simulations import edge_cli
 from simulations.child import end_with_parent

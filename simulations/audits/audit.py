@@ -96,7 +96,7 @@ def _laboratory(run: Planned, folder: Path, progress: Progress) -> Laboratory:
 def _named(plan: Audit, run: Planned, attack: str, found: Sequence[Row]) -> list[Row]:
     """An attack's rows with where they come from, and the keys in which the arms differ."""
     flat = run.config.flat()
-    keys: Row = {key: flat[key] for key in differing([each.config.flat() for each in plan.plan.runs]) if key != "seed"}
+    keys: Row = {key: flat[key] for key in differing([each.config for each in plan.plan.runs]) if key != "seed"}
     return [{"arm": run.arm, "task": run.task, "seed": run.seed, "attack": attack, **row, **keys} for row in found]
 
 
