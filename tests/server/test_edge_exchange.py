@@ -17,7 +17,7 @@ from server import edge_exchange
 from server.edge_exchange import EdgeExchange
 from server.exchange import StreamingGrid
 from server.intake import Summed
-from tests.server.test_exchange import ARRAYS, RUN, SHAPES, Heard, Later, MemoryGrid, answer, size_of
+from tests.server.memory_grid import ARRAYS, RUN, SHAPES, Heard, Later, MemoryGrid, answer, size_of
 
 TIMEOUT = 3.0
 HOMES = {0: 100, 1: 101, 2: 102}
