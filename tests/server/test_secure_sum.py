@@ -18,7 +18,7 @@ from common.secure_sum import threshold_of
 from common.wire import LOSSES, ClientLine, pack_reply, pack_told, unpack_instruction
 from server.intake import Summed
 from server.secure_sum import MaskedWords, SecureSum, layout_of
-from tests.server.test_exchange import Run
+from tests.server.memory_grid import Run
 
 SHAPES = {"a": (400, 3), "b": (7,)}
 MASKED = layout_of({"update": SHAPES})
