@@ -237,11 +237,12 @@ def _status(column: Column) -> str:
 
 
 def _with(column: Column, name: str, said: Callable[[float | None], str]) -> str:
-    """The mean, and the deviation where it is not 0."""
+    """The mean, and the deviation where it is not 0 as it is shown."""
     found = column.found.get(name)
     if found is None:
         return "-"
-    return said(found.mean) + (f" ±{said(found.std)}" if found.std else "")
+    apart = said(found.std) if found.std else ""
+    return said(found.mean) + (f" ±{apart}" if apart.strip("0.,") else "")
 
 
 def _kept(column: Column, name: str) -> str:

@@ -99,10 +99,11 @@ def without_times(found):
     return [without_times(inner) for inner in found] if isinstance(found, list) else found
 
 
+@pytest.mark.timeout(5400)  # 17 runs
 def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill, tiny_teacher, tmp_path):
     """2 x 2 x 2 seeds; SIGKILL to all processes of its group, while a run trains."""
     (tmp_path / "a.toml").write_text(f'teacher.model = "{tiny_teacher}"\n{GRID}')
-    whole = fedistill("sweep", "a.toml", "--out", "whole")
+    whole = fedistill("sweep", "a.toml", "--out", "whole", timeout=3600)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "simulations.cli", "sweep", "a.toml", "--out", str(out)]
@@ -123,7 +124,7 @@ def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill
     assert psutil.wait_procs(runs, timeout=60)[1] == []  # it does not go on alone
     assert len([run for run in folders_of(out) if (out / run / "summary.json").exists()]) == RUN - 1
 
-    again = fedistill("sweep", "a.toml", "--out", "killed", "--resume")
+    again = fedistill("sweep", "a.toml", "--out", "killed", "--resume", timeout=3600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("was there") == RUN - 1
     assert len(folders) == 8
