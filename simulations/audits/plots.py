@@ -79,21 +79,15 @@ def _drawn(cell: Figure | None) -> bool:
 
 
 def _chance(axis: Any, rows: Sequence[Row], line: Line) -> None:
-    level = chance(rows, line)
-    if level is not None:
-        axis.axhline(level, color="grey", lw=1, ls=":")
-        axis.text(0.99, level, "guessing", transform=axis.get_yaxis_transform(), fontsize=7, ha="right", va="bottom",
-                  color="grey")  # fmt: skip
-
-
-def chance(rows: Sequence[Row], line: Line) -> float | None:
-    """What guessing reaches, the mean over arms and seeds; None: nothing is known of it."""
-    found = [
+    chances = [
         float(str(row["chance"]))
         for row in rows
         if (row["attack"], row.get("variant") or "") == line and row.get("chance") is not None
     ]
-    return float(np.mean(found)) if found else None
+    if chances:
+        axis.axhline(float(np.mean(chances)), color="grey", lw=1, ls=":")
+        axis.text(0.99, float(np.mean(chances)), "guessing", transform=axis.get_yaxis_transform(), fontsize=7,
+                  ha="right", va="bottom", color="grey")  # fmt: skip
 
 
 def _words(epsilon: float) -> str:

@@ -17,7 +17,7 @@ from server.report.words import listed, share
 from simulations.audits.attack import Row
 from simulations.audits.figures import Figure as Found
 from simulations.audits.figures import Line, against, lines, wide_sheet
-from simulations.audits.plots import GRID, chance, curves_of
+from simulations.audits.plots import GRID, curves_of
 
 if TYPE_CHECKING:
     from simulations.audits.audit_file import Audit
@@ -143,33 +143,58 @@ def _no_ticks() -> Any:
 def _leak(number: int, line: Line, rows: Sequence[Row], table: Mapping[Line, Cells]) -> Figure | None:
     """A point for each arm: what the student is worth, and what the attack got."""
     worth, measure = table.get(UTILITY, {}), lines(rows)[line]
-    both = {
-        arm: (100 * float(_there(worth[arm]).mean or 0.0), 100 * float(_there(cell).mean or 0.0))
-        for arm, cell in table[line].items()
-        if _known(cell) and _known(worth.get(arm))
-    }
-    if not both:
+    known = [arm for arm, cell in table[line].items() if _known(cell) and _known(worth.get(arm))]
+    if not known:
         return None
+    both = {arm: tuple(100 * float(_there(cells[arm]).mean or 0.0) for cells in (worth, table[line])) for arm in known}
+    guessed = {arm: 100 * found for arm in known if (found := _guessed(rows, line, arm)) is not None}
+    through = {arm: _there(table[line][arm]).through for arm in known}
     figure, axes = canvas(3.0)
     for place, (arm, point) in enumerate(both.items()):
-        shape = MARKS[place % len(MARKS)]
-        axes.plot(*point, shape, color=_colour(place), markersize=8, label=short(arm))
-    guessed = chance(rows, line)
-    if guessed is not None:
-        axes.axhline(100 * guessed, color=SOFT, lw=1, ls=":", label="guessing")
-    axes.margins(x=0.12, y=0.12)
-    axes.set_ylim(0, 1.15 * max(*(leak for _, leak in both.values()), 100 * (guessed or 0.0), 1e-3))
+        face = _colour(place) if through[arm] is not False else "none"
+        axes.plot(*point, MARKS[place % len(MARKS)], color=_colour(place), markerfacecolor=face, markersize=8,
+                  markeredgewidth=1.6, label=short(arm), clip_on=False)  # fmt: skip
+    if guessed:
+        places = [both[arm][0] for arm in guessed]
+        axes.plot(places, list(guessed.values()), "_", color=SOFT, markersize=16, label="guessing", clip_on=False)
+    axes.margins(x=0.12)
+    axes.set_ylim(0, 1.15 * max(*(leak for _, leak in both.values()), *guessed.values(), 1e-3))
     axes.grid()
-    axes.set(xlabel=f"{lines(rows)[UTILITY]}, %", ylabel=f"{short(measure, 30)}, %")
+    axes.set(xlabel=f"{short(lines(rows)[UTILITY], 30)}, %", ylabel=f"{short(measure, 30)}, %")
     legend_above(figure, axes, 3)
+    note = "Right and low is good: a student that is worth much and tells little. Filled: the attack got through."
+    numbers = _leak_table(both, guessed, through, (lines(rows)[UTILITY], measure))
+    return Figure(svg(figure, f"leak-{number}"), _leak_words(both, measure), note, [numbers])
+
+
+def _guessed(rows: Sequence[Row], line: Line, arm: str) -> float | None:
+    """What guessing reaches in an arm, the mean over seeds; None: nothing is known of it."""
+    own = [row for row in rows if (row["attack"], row.get("variant") or "", row["arm"]) == (*line, arm)]
+    found = [float(str(row["chance"])) for row in own if row.get("chance") is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _leak_words(both: Mapping[str, tuple[float, ...]], measure: str) -> str:
     most, least = (pick(both, key=lambda arm: both[arm][1]) for pick in (max, min))
     words = f"Most leaks in arm {most}: {both[most][1]:.1f} % ({measure}) at a utility of {both[most][0]:.1f} %"
     if both[most][1] > both[least][1]:
         words += f"; least in arm {least}: {both[least][1]:.1f} % at {both[least][0]:.1f} %"
-    numbers = [(arm, f"{x:.2f} %", f"{y:.2f} %") for arm, (x, y) in both.items()]
-    head = ("arm", lines(rows)[UTILITY], measure)
-    note = "Right and low is good: a student that is worth much and tells little."
-    return Figure(svg(figure, f"leak-{number}"), f"{words}.", note, [Table("Utility and leak", head, numbers)])
+    return f"{words}."
+
+
+def _leak_table(
+    both: Mapping[str, tuple[float, ...]],
+    guessed: Mapping[str, float],
+    through: Mapping[str, bool | None],
+    what: tuple[str, str],
+) -> Table:
+    said = {True: "yes", False: "no", None: "-"}
+    rows = [
+        (arm, *(f"{value:.2f} %" for value in both[arm]), f"{guessed[arm]:.2f} %" if arm in guessed else "-",
+         said[through[arm]])
+        for arm in both
+    ]  # fmt: skip
+    return Table("Utility and leak", ("arm", *what, "guessing", "got through"), rows)
 
 
 def _colour(place: int) -> str:

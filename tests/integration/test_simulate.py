@@ -46,6 +46,7 @@ def test_a_run_leaves_the_folder_that_the_contract_names(fedistill, tiny, tmp_pa
         "checkpoints",
         "student",
         "report.html",
+        "shards.json",
         "log.txt",
     }
     summary = read_summary(run)

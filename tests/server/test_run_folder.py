@@ -212,6 +212,7 @@ def test_however_a_run_ends_before_its_first_round_its_folder_says_so_and_is_fre
     with pytest.raises(type(error)), told_in(folder, Config()):
         raise error
     assert json.loads((folder.path / "summary.json").read_text())["status"] == status
+    assert "Nothing was scored yet" in (folder.path / "report.html").read_text()
     assert taken_by_another(folder.path) == ""
 
 

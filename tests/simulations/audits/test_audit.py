@@ -71,7 +71,9 @@ def test_every_attack_leaves_rows_in_every_arm(done):
         assert 0 <= row["success"] <= 1, row
         assert row["low"] is None or row["low"] <= row["success"] <= row["high"]
     assert "| lira online |" in (out / "audit.md").read_text()
-    assert all((out / name).stat().st_size > 5000 for name in ("audit.png", "audit.svg", "roc.png", "roc.svg"))
+    assert all(
+        (out / name).stat().st_size > 5000 for name in ("audit.png", "audit.svg", "roc.png", "roc.svg", "report.html")
+    )
 
 
 def test_attacks_that_ask_for_the_same_models_share_them(done):
