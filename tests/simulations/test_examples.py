@@ -10,7 +10,7 @@ import pytest
 from common.config import load_config
 from common.dataset import prepare_dataset
 from common.progress import Silent
-from tests.simulations.test_readme import ROOT
+from tests.simulations.test_presets import ROOT
 
 
 def make(path, *arguments):
