@@ -20,6 +20,7 @@ KEY, NONE = "privacy.epsilon", "none"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 MOST, ABREAST = 9, 3  # panels, and those of a row
 GRID = np.logspace(-4, 0, 161)
+SAME = 0.01  # chances of guessing that differ by no more are told as one
 
 
 def plot(plan: "Audit", rows: Sequence[Row], out: Path) -> list[Path]:
@@ -79,12 +80,16 @@ def _drawn(cell: Figure | None) -> bool:
 
 
 def _chance(axis: Any, rows: Sequence[Row], line: Line) -> None:
+    """What guessing reaches, over arms and seeds."""
     chances = [
         float(str(row["chance"]))
         for row in rows
         if (row["attack"], row.get("variant") or "") == line and row.get("chance") is not None
     ]
-    if chances:
+    if chances and max(chances) - min(chances) > SAME:  # one line would be false for some of the arms
+        said = f"guessing: {100 * min(chances):.0f} to {100 * max(chances):.0f} %"
+        axis.text(0.99, 0.99, said, transform=axis.transAxes, fontsize=7, ha="right", va="top", color="grey")
+    elif chances:
         axis.axhline(float(np.mean(chances)), color="grey", lw=1, ls=":")
         axis.text(0.99, float(np.mean(chances)), "guessing", transform=axis.get_yaxis_transform(), fontsize=7,
                   ha="right", va="bottom", color="grey")  # fmt: skip
