@@ -100,20 +100,16 @@ def without_times(found):
 
 
 @pytest.mark.timeout(5400)  # 17 runs
-def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill, tiny_teacher, tmp_path):
+def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill, tiny_teacher, tmp_path, request):
     """2 x 2 x 2 seeds; SIGKILL to all processes of its group, while a run trains."""
     (tmp_path / "a.toml").write_text(f'teacher.model = "{tiny_teacher}"\n{GRID}')
-    whole = fedistill("sweep", "a.toml", "--out", "whole", timeout=3600)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
+    whole, sweep = (begin("a.toml", tmp_path / name) for name in ("whole", "killed"))  # beside each other
+    request.addfinalizer(whole.kill)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "simulations.cli", "sweep", "a.toml", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )  # fmt: skip
     try:
-        folders = [tmp_path / "whole" / run for run in folders_of(tmp_path / "whole")]
-        half_way = out / folders[RUN - 1].relative_to(tmp_path / "whole") / "checkpoints"
+        while not (out / "sweep.json").exists() and sweep.poll() is None:
+            time.sleep(0.05)
+        half_way = out / folders_of(out)[RUN - 1] / "checkpoints"
         while not half_way.exists() and sweep.poll() is None:  # it has its student, and has not trained it
             time.sleep(0.05)
         runs = [process for process in psutil.Process(sweep.pid).children() if "simulate" in process.cmdline()]
@@ -127,6 +123,8 @@ def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill
     again = fedistill("sweep", "a.toml", "--out", "killed", "--resume", timeout=3600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("was there") == RUN - 1
+    assert whole.wait(timeout=3600) == 0
+    folders = [tmp_path / "whole" / run for run in folders_of(out)]
     assert len(folders) == 8
     for folder in folders:
         other = out / folder.relative_to(tmp_path / "whole")
@@ -135,6 +133,12 @@ def test_a_sweep_that_was_killed_and_continued_equals_one_that_was_not(fedistill
     found, expected = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("killed", "whole"))
     assert without_times(found) == without_times(expected)
     assert len({read_summary(folder)["student_sha256"] for folder in folders}) == 8
+
+
+def begin(file: str, out: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "simulations.cli", "sweep", file, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=out.parent, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
 
 
 def folders_of(out: Path) -> list[str]:
