@@ -60,10 +60,11 @@ def _band(axes: Any, spread: Sequence[Line], metric: str) -> None:
         axes.fill_between(rounds, *band, color=COLOURS[0], alpha=0.16, lw=0, label="clients: mean ± std")
     else:
         axes.vlines(rounds, *band, color=COLOURS[0], alpha=0.3, lw=8, label="clients: mean ± std")
-    worst = [line["spread"]["worst_decile"] for line in spread]
-    axes.plot(
-        rounds, worst, mark(len(rounds), "v") + "-", color=SOFT, lw=1, markersize=4, label="worst tenth of clients"
-    )
+    worst = [line["spread"].get("worst_decile") for line in spread]
+    if None not in worst:  # masked sums tell a mean and a deviation alone
+        axes.plot(
+            rounds, worst, mark(len(rounds), "v") + "-", color=SOFT, lw=1, markersize=4, label="worst tenth of clients"
+        )
 
 
 def _score_words(
@@ -78,10 +79,9 @@ def _score_words(
         words += f" ({number(values[best])})"
     if spread:
         last = spread[-1]["spread"]
-        words += (
-            f". Clients differ by a standard deviation of {number(last['std'])}; the worst tenth of them scores at "
-            f"most {number(last['worst_decile'])}"
-        )
+        words += f". Clients differ by a standard deviation of {number(last['std'])}"
+        if "worst_decile" in last:
+            words += f"; the worst tenth of them scores at most {number(last['worst_decile'])}"
     return words + "."
 
 

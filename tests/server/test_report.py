@@ -180,6 +180,18 @@ def test_what_is_private_is_said_to_be(tmp_path):
     assert "holds for students" in parts["Teacher and student"]
 
 
+def test_masked_sums_tell_a_mean_and_a_deviation_of_clients_alone(tmp_path):
+    folder = make_run(tmp_path / "run")
+    journal = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        line.get("spread", {}).pop("worst_decile", None)
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = sections(read(folder))["Score per round"]
+    assert "Clients differ by a standard deviation of 0.1000." in said
+    assert "worst tenth of" not in said
+
+
 def test_thousands_of_clients_and_a_hundred_rounds_stay_readable(tmp_path):
     classes = [f"class {number}" for number in range(150)]
     make_run(tmp_path, rounds=100, clients=5000, classes=classes)
