@@ -154,6 +154,26 @@ def test_a_run_that_was_killed_before_its_first_score_has_a_report(tmp_path):
     assert "Configuration" in found.texts["h2"]
 
 
+@pytest.mark.parametrize("end", [b"[]\n", b"7\n", b'{"round": 4}\n', b'{"round": "4", "phase": "a"}\n', b"\xff\xfe\n"])
+def test_a_journal_ends_before_a_line_that_is_none(tmp_path, end):
+    make_run(tmp_path)
+    before = read(tmp_path).texts["section"]
+    for name in ("metrics.jsonl", "costs.jsonl"):
+        with (tmp_path / name).open("ab") as stream:
+            stream.write(end)
+    assert read(tmp_path).texts["section"] == before
+
+
+def test_a_summary_that_is_none_is_named(tmp_path):
+    make_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("status", "rounds", "teacher", "student", "retention", "cost", "faults"):
+        for damaged in ({key: value for key, value in summary.items() if key != name}, summary | {name: None}):
+            (tmp_path / "summary.json").write_text(json.dumps(damaged))
+            with pytest.raises(InputError, match=f"summary.json: {name} = null: damaged, or of another version"):
+                write_report(tmp_path)
+
+
 def test_tiers_have_curves_and_a_table(tmp_path):
     with theme():
         found = Page(page("t", "v", (), [tiers(read_run(make_run(tmp_path, tiers=True)))])).texts["section"][0]
