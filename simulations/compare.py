@@ -147,9 +147,23 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """A run as far as it has come."""
-    summary = read_json(path / "summary.json") or {"status": UNFINISHED}
-    return Run(path, load_config(path / "config.toml"), summary, numbers(summary) if "student" in summary else {})
+    """A run as far as it has come.
+
+    Raises:
+        InputError: its keys or its summary are of another version, or damaged.
+    """
+    kept, told = path / "config.toml", path / "summary.json"
+    try:
+        config = load_config(kept)
+    except InputError as error:
+        said = str(error).removeprefix(f"{kept}: ")
+        raise InputError(f"{kept}: {said}; was it written by another version?") from None
+    summary = {"status": UNFINISHED, **(read_json(told) or {})}
+    try:
+        found = numbers(summary) if "student" in summary else {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{told}: damaged, or of another version ({error}); leave this run out") from None
+    return Run(path, config, summary, found)
 
 
 def merged(runs: Sequence[Run]) -> list[Column]:
