@@ -44,6 +44,11 @@ class Run:
         block = self.summary.get("privacy", {})
         return block.get("epsilon") if block.get("unit", "none") != "none" else None
 
+    @property
+    def simulated(self) -> bool:
+        """Its epsilon is that of another federation, and holds for none of its clients."""
+        return bool(self.summary.get("privacy", {}).get("noise_cohort"))
+
 
 @dataclass(frozen=True)
 class Column:
@@ -265,7 +270,8 @@ def _kept(column: Column, name: str) -> str:
 
 def _epsilon(column: Column) -> str:
     found = [run.epsilon for run in column.runs if run.epsilon is not None]
-    return f"{max(found):.3g}" if found else "-"
+    simulated = " simulated" if any(run.simulated for run in column.runs) else ""
+    return f"{max(found):.3g}{simulated}" if found else "-"
 
 
 def _count(value: float | None) -> str:
@@ -288,12 +294,16 @@ def csv_of(runs: Sequence[Run]) -> str:
         for key in dict.fromkeys(["seed", *differing([run.config for run in runs])])
     ]
     rows += [["status", *(run.status for run in runs)], ["metric", *(run.summary.get("metric", "") for run in runs)]]
-    found = [{**run.found, **_shares(run), "epsilon": run.epsilon} for run in runs]
+    found = [{**run.found, **_shares(run), _epsilon_name(run): run.epsilon} for run in runs]
     every = dict.fromkeys(name for each in found for name in each)
     rows += [[name, *("" if (value := each.get(name)) is None else value for each in found)] for name in every]
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+def _epsilon_name(run: Run) -> str:
+    return "epsilon.simulated" if run.simulated else "epsilon"
 
 
 def _shares(run: Run) -> dict[str, float | None]:

@@ -166,4 +166,11 @@ def _spent(keys: Mapping[str, Scalar], train: Sequence[Line]) -> Line:
     if unit == "none":
         return {"unit": unit}
     spent = train[-1].get("epsilon") if train else None
-    return {"unit": unit, "epsilon": spent, "delta": keys.get("privacy.delta"), "so_far": True}
+    simulated = keys.get("privacy.noise-cohort", 0)
+    return {
+        "unit": unit,
+        "epsilon": spent,
+        "delta": keys.get("privacy.delta"),
+        "noise_cohort": simulated,
+        "so_far": True,
+    }

@@ -200,6 +200,15 @@ def test_what_is_private_is_said_to_be(tmp_path):
     assert "holds for students" in parts["Teacher and student"]
 
 
+def test_an_epsilon_of_another_federation_is_no_figure_of_this_one(tmp_path):
+    make_run(tmp_path, privacy__unit="client", privacy__noise_multiplier=1.0, server__cohort=2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["privacy"] = {"unit": "client", "epsilon": 3.14159, "delta": 1e-5, "noise_cohort": 1000}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    facts = " ".join(read(tmp_path).texts["dl"])
+    assert "Privacysimulatedepsilon 3.14 for one client, delta 1e-05 is that of 1,000 clients a round" in facts
+
+
 def test_thousands_of_clients_and_a_hundred_rounds_stay_readable(tmp_path):
     classes = [f"class {number}" for number in range(150)]
     make_run(tmp_path, rounds=100, clients=5000, classes=classes)
