@@ -81,7 +81,8 @@ def spending_of_examples(keys: PrivacyKeys, before: Mapping[str, Any], lines: Se
 
 def privacy_words(block: Mapping[str, Any]) -> tuple[str, str, str]:
     """A summary's block as a table says it: what it is about, epsilon, delta."""
-    epsilon = "no epsilon" if block["epsilon"] is None else f"epsilon {block['epsilon']:.3g}"
+    simulated = " simulated" if block.get("noise_cohort") else ""  # it holds for no client of the run
+    epsilon = "no epsilon" if block["epsilon"] is None else f"epsilon {block['epsilon']:.3g}{simulated}"
     return f"privacy of one {block['unit']}", epsilon, f"delta {block['delta']:g}"
 
 

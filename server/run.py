@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import Config
 from common.dataset import load_tokenizer
-from common.errors import InputError, Interrupted, RunFailed
+from common.errors import InputError, Interrupted, RunFailed, place_of
 from common.nested import Tier
 from common.progress import Progress
 from common.slim import save_slim, widen
@@ -57,7 +57,7 @@ def run_federation(
         summary = summarise(federation, strategy.journal.history, status, folder.seconds)
         with suppress(OSError) if status == "failed" else nullcontext():  # a full disk has no room for it either
             folder.save_summary(summary)
-            write_report(folder.path)
+        leave_report(folder.path, progress.line)
     return summary
 
 
@@ -74,10 +74,18 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             with suppress(OSError):
                 folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
-                write_report(folder.path)
+            leave_report(folder.path, folder.trackers.tell)
         raise
     finally:
         folder.close()
+
+
+def leave_report(run: Path, tell: Callable[[str], Any]) -> None:
+    """Write report.html. What goes wrong there is told, and changes nothing about how the run has ended."""
+    try:
+        write_report(run)
+    except Exception as error:  # a fault of the page: the run is worth more
+        tell(f"no report.html: {type(error).__name__}{place_of(error)}; fedistill report RUN tries it again")
 
 
 def save_student(federation: Federation, folder: RunFolder) -> None:

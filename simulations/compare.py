@@ -44,6 +44,11 @@ class Run:
         block = self.summary.get("privacy", {})
         return block.get("epsilon") if block.get("unit", "none") != "none" else None
 
+    @property
+    def simulated(self) -> bool:
+        """Its epsilon is that of another federation, and holds for none of its clients."""
+        return bool(self.summary.get("privacy", {}).get("noise_cohort"))
+
 
 @dataclass(frozen=True)
 class Column:
@@ -147,9 +152,23 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """A run as far as it has come."""
-    summary = read_json(path / "summary.json") or {"status": UNFINISHED}
-    return Run(path, load_config(path / "config.toml"), summary, numbers(summary) if "student" in summary else {})
+    """A run as far as it has come.
+
+    Raises:
+        InputError: its keys or its summary are of another version, or damaged.
+    """
+    kept, told = path / "config.toml", path / "summary.json"
+    try:
+        config = load_config(kept)
+    except InputError as error:
+        said = str(error).removeprefix(f"{kept}: ")
+        raise InputError(f"{kept}: {said}; was it written by another version?") from None
+    summary = {"status": UNFINISHED, **(read_json(told) or {})}
+    try:
+        found = numbers(summary) if "student" in summary else {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{told}: damaged, or of another version ({error}); leave this run out") from None
+    return Run(path, config, summary, found)
 
 
 def merged(runs: Sequence[Run]) -> list[Column]:
@@ -251,7 +270,8 @@ def _kept(column: Column, name: str) -> str:
 
 def _epsilon(column: Column) -> str:
     found = [run.epsilon for run in column.runs if run.epsilon is not None]
-    return f"{max(found):.3g}" if found else "-"
+    simulated = " simulated" if any(run.simulated for run in column.runs) else ""
+    return f"{max(found):.3g}{simulated}" if found else "-"
 
 
 def _count(value: float | None) -> str:
@@ -274,12 +294,16 @@ def csv_of(runs: Sequence[Run]) -> str:
         for key in dict.fromkeys(["seed", *differing([run.config for run in runs])])
     ]
     rows += [["status", *(run.status for run in runs)], ["metric", *(run.summary.get("metric", "") for run in runs)]]
-    found = [{**run.found, **_shares(run), "epsilon": run.epsilon} for run in runs]
+    found = [{**run.found, **_shares(run), _epsilon_name(run): run.epsilon} for run in runs]
     every = dict.fromkeys(name for each in found for name in each)
     rows += [[name, *("" if (value := each.get(name)) is None else value for each in found)] for name in every]
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+def _epsilon_name(run: Run) -> str:
+    return "epsilon.simulated" if run.simulated else "epsilon"
 
 
 def _shares(run: Run) -> dict[str, float | None]:

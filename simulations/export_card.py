@@ -126,7 +126,7 @@ def _text(card: Mapping[str, Any]) -> str:
         "",
         "## Privacy",
         "",
-        _privacy(card["privacy"]),
+        spending_words(card["privacy"]),
         "",
         f"SHA-256 of every file: `{CARD}`. A device that has `{BYTES}` needs no `{FLOATS}`.",
         "",
@@ -134,13 +134,17 @@ def _text(card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _privacy(spent: Mapping[str, Any] | None) -> str:
+def spending_words(spent: Mapping[str, Any] | None) -> str:
+    """What a summary's block on privacy says of the student."""
     if not spent or spent.get("epsilon") is None:
         return "No privacy budget was kept: the clients' updates were not noised, and nothing is claimed."
-    return (
+    words = (
         f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:g}, unit {spent['unit']}, accountant "
         f"{spent['accountant']}."
     )
+    if spent.get("noise_cohort"):
+        return f"Simulated, it holds for no client of this run: {words}"
+    return words
 
 
 def _figure(value: float | None) -> str:

@@ -11,6 +11,7 @@ from common.section import Scalar
 
 GRID = "grid"
 EXAMPLE = '[grid] with a list for each key, e.g. student.layers = [2, 3] or "client.lr" = [0.001, 0.0003]'
+LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
 UNSAFE = re.compile(r"[^\w.+@-]")  # in a folder's name
 Arms = dict[str, dict[str, Scalar]]
 
@@ -27,7 +28,7 @@ def take_grid(path: Path, document: dict[str, Any]) -> dict[str, list[Scalar]]:
         raise InputError(f"{path}: grid: empty; give {EXAMPLE}")
     for key, values in grid.items():
         if not key or not isinstance(values, list) or not values or any(map(_is_no_scalar, values)):
-            raise InputError(f"{path}: grid.{key} = {values!r}: give {EXAMPLE}")
+            raise InputError(f"{path}: {GRID}{'.' * bool(key)}{key} = {values!r}: give {EXAMPLE}")
         if len({(type(value), value) for value in values}) < len(values):
             raise InputError(f"{path}: grid.{key} = {values!r}: give different values")
         if key in ("seed", "task"):
@@ -39,7 +40,7 @@ def crossed(path: Path, arms: Arms, grid: Mapping[str, list[Scalar]]) -> Arms:
     """Each arm (without any: one of no keys) with every combination, the last key's values next to each other.
 
     Raises:
-        InputError: an arm sets a key of the grid, or two arms would have one name.
+        InputError: an arm sets a key of the grid, two arms would have one name, or one a name that no folder can have.
     """
     if not grid:
         return arms
@@ -51,6 +52,11 @@ def crossed(path: Path, arms: Arms, grid: Mapping[str, list[Scalar]]) -> Arms:
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             name = ",".join([*([arm] if arm else []), *_words(point)])
+            if len(name.encode()) > LONGEST:
+                raise InputError(
+                    f"{path}: grid: the name {name[:40]}... of an arm would be longer than {LONGEST} characters; give "
+                    "fewer keys or shorter values, or arms as [arms.NAME]"
+                )
             if name in found:
                 raise InputError(f"{path}: grid: two of its arms would be called {name}; give them as [arms.NAME]")
             found[name] = {**keys, **point}

@@ -77,7 +77,7 @@ def markdown(sheet: Sheet) -> str:
     """The sheet as a Markdown table, for a README."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
     ruler = ["---", *["---:"] * (len(sheet.head) - 1)]
     rows = [line(row) for section in sheet.sections for row in section]

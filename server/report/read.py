@@ -15,6 +15,7 @@ from common.section import Scalar
 from server.run_folder import SHARDS
 
 UNFINISHED = "unfinished"
+MOST_SHOWN = 60  # characters of a value that is refused
 FAULTS = ("failed", "rejected", "late")
 Line = dict[str, Any]
 
@@ -61,7 +62,7 @@ def read_run(folder: Path) -> Run:
     """Open a run folder, whatever became of the run.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or its summary is none.
     """
     try:
         document = tomllib.loads((folder / "config.toml").read_text())
@@ -69,18 +70,21 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: no run there (its config.toml cannot be read)") from None
     keys = _flat(document)
     lines, costs = read_lines(folder / "metrics.jsonl"), read_lines(folder / "costs.jsonl")
-    summary = _object(folder / "summary.json") or _so_far(keys, lines, costs)
+    summary = _checked(folder / "summary.json") or _so_far(keys, lines, costs)
     return Run(folder, summary, keys, lines, costs, _shards(folder), _object(folder / "slim" / "shape.json"))
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a journal; the last one of a run that was killed may be half there."""
-    found = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    """The lines of a journal, up to one that is none; the last one of a run that was killed may be half there."""
+    found: list[Line] = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or type(line.get("round")) is not int or "phase" not in line:
+            break
+        found.append(line)
     return found
 
 
@@ -92,6 +96,25 @@ def _object(path: Path) -> Line:
     return found if isinstance(found, dict) else {}
 
 
+def _checked(path: Path) -> Line:
+    """A summary that has what every report asks for; empty: there is none, or half of one.
+
+    Raises:
+        InputError: it lacks something, or has something else in its place.
+    """
+    found = _object(path)
+    wanted = {"status": str, "rounds": int}
+    if found.get("metric"):
+        wanted |= dict.fromkeys(("teacher", "student", "retention", "cost", "faults"), dict)
+    for name, kind in wanted.items() if found else ():
+        if not isinstance(found.get(name), kind):
+            raise InputError(
+                f"{path}: {name} = {json.dumps(found.get(name))[:MOST_SHOWN]}: damaged, or of another version; "
+                "without this file the report tells what the journals hold"
+            )
+    return found
+
+
 def _flat(document: Mapping[str, Any]) -> dict[str, Scalar]:
     found: dict[str, Scalar] = {}
     for name, value in document.items():
@@ -101,7 +124,7 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Scalar]:
 
 def _shards(folder: Path) -> tuple[list[str], NDArray[np.int64]] | None:
     found = _object(folder / SHARDS)
-    if not found:
+    if not found or not {"classes", "counts"} <= found.keys():
         return None
     return [str(name) for name in found["classes"]], np.asarray(found["counts"], dtype=np.int64)
 
@@ -143,4 +166,11 @@ def _spent(keys: Mapping[str, Scalar], train: Sequence[Line]) -> Line:
     if unit == "none":
         return {"unit": unit}
     spent = train[-1].get("epsilon") if train else None
-    return {"unit": unit, "epsilon": spent, "delta": keys.get("privacy.delta"), "so_far": True}
+    simulated = keys.get("privacy.noise-cohort", 0)
+    return {
+        "unit": unit,
+        "epsilon": spent,
+        "delta": keys.get("privacy.delta"),
+        "noise_cohort": simulated,
+        "so_far": True,
+    }

@@ -77,6 +77,9 @@ def _privacy(block: dict[str, Any]) -> Fact:
     if block.get("epsilon") is None:
         why = "; what was spent is told when a run ends" if block.get("so_far") else "; nothing bounds it"
         return Fact("Privacy", "no epsilon", about + why)
+    if block.get("noise_cohort"):
+        more = f"epsilon {block['epsilon']:.3g} {about} is that of {block['noise_cohort']:,} clients a round"
+        return Fact("Privacy", "simulated", f"{more}, and holds for no client of this run")
     return Fact("Privacy", f"epsilon {block['epsilon']:.3g}", about)
 
 

@@ -10,14 +10,19 @@ from common.store import write_atomically
 
 NAMES = "tracking.json"  # in the run folder
 PLACES = ("data.source", "data.private", "data.validation", "data.public-text", "runtime.cache", "runtime.out")
+MODELS = ("teacher.model", "student.model")  # each a folder, or a name on the hub
 
 
 def told_keys(config: Config) -> dict[str, Scalar]:
     """The keys without folders and files of this machine; none where somebody's presence is protected."""
     if config.privacy.unit != "none" or config.privacy.secure_aggregation:
         return {}
-    flat = config.flat()
-    return {key: value for key, value in flat.items() if key not in PLACES and not key.startswith("tracking.")}
+    return {key: value for key, value in config.flat().items() if not _of_this_machine(key, value)}
+
+
+def _of_this_machine(key: str, value: Scalar) -> bool:
+    own = key in PLACES or key.startswith("tracking.")
+    return own or (key in MODELS and bool(value) and Path(str(value)).expanduser().is_dir())
 
 
 def known_run(run: Path, tracker: str, begin: Callable[[], str]) -> str:

@@ -154,6 +154,26 @@ def test_a_run_that_was_killed_before_its_first_score_has_a_report(tmp_path):
     assert "Configuration" in found.texts["h2"]
 
 
+@pytest.mark.parametrize("end", [b"[]\n", b"7\n", b'{"round": 4}\n', b'{"round": "4", "phase": "a"}\n', b"\xff\xfe\n"])
+def test_a_journal_ends_before_a_line_that_is_none(tmp_path, end):
+    make_run(tmp_path)
+    before = read(tmp_path).texts["section"]
+    for name in ("metrics.jsonl", "costs.jsonl"):
+        with (tmp_path / name).open("ab") as stream:
+            stream.write(end)
+    assert read(tmp_path).texts["section"] == before
+
+
+def test_a_summary_that_is_none_is_named(tmp_path):
+    make_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("status", "rounds", "teacher", "student", "retention", "cost", "faults"):
+        for damaged in ({key: value for key, value in summary.items() if key != name}, summary | {name: None}):
+            (tmp_path / "summary.json").write_text(json.dumps(damaged))
+            with pytest.raises(InputError, match=f"summary.json: {name} = null: damaged, or of another version"):
+                write_report(tmp_path)
+
+
 def test_tiers_have_curves_and_a_table(tmp_path):
     with theme():
         found = Page(page("t", "v", (), [tiers(read_run(make_run(tmp_path, tiers=True)))])).texts["section"][0]
@@ -190,6 +210,15 @@ def test_masked_sums_tell_a_mean_and_a_deviation_of_clients_alone(tmp_path):
     said = sections(read(folder))["Score per round"]
     assert "Clients differ by a standard deviation of 0.1000." in said
     assert "worst tenth of" not in said
+
+
+def test_an_epsilon_of_another_federation_is_no_figure_of_this_one(tmp_path):
+    make_run(tmp_path, privacy__unit="client", privacy__noise_multiplier=1.0, server__cohort=2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["privacy"] = {"unit": "client", "epsilon": 3.14159, "delta": 1e-5, "noise_cohort": 1000}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    facts = " ".join(read(tmp_path).texts["dl"])
+    assert "Privacysimulatedepsilon 3.14 for one client, delta 1e-05 is that of 1,000 clients a round" in facts
 
 
 def test_thousands_of_clients_and_a_hundred_rounds_stay_readable(tmp_path):

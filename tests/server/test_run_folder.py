@@ -216,6 +216,19 @@ def test_however_a_run_ends_before_its_first_round_its_folder_says_so_and_is_fre
     assert taken_by_another(folder.path) == ""
 
 
+def test_a_page_that_cannot_be_drawn_changes_nothing_about_the_end(tmp_path, monkeypatch):
+    def broken(run):
+        raise ValueError("what a page may not tell")
+
+    monkeypatch.setattr("server.run.write_report", broken)
+    folder, told = RunFolder(tmp_path / "run", Config()), []
+    folder.trackers.tell = told.append
+    with pytest.raises(Interrupted), told_in(folder, Config()):
+        raise Interrupted
+    assert re.fullmatch(r"no report.html: ValueError at test_run_folder.py:\d+; fedistill report RUN tries .*", told[0])
+    assert json.loads((folder.path / "summary.json").read_text())["status"] == "interrupted"
+
+
 def test_a_summary_that_is_there_already_is_not_written_over(tmp_path):
     folder = RunFolder(tmp_path / "run", Config())
     with pytest.raises(RunFailed), told_in(folder, Config()):

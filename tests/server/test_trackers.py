@@ -27,10 +27,12 @@ def test_a_line_is_its_finite_numbers():
     assert numbers_of(LINE) == (3, NUMBERS)
 
 
-def test_keys_go_out_without_folders_and_not_at_all_from_a_protected_run():
+def test_keys_go_out_without_folders_and_not_at_all_from_a_protected_run(tmp_path):
     told = told_keys(from_flat({"task": "text", "data.source": "/home/me/a.csv", "tracking.wandb": "mine"}))
-    assert told["rounds"] == 5
+    assert (told["rounds"], told["teacher.model"], told["student.model"]) == (5, "minilm", "")
     assert not [key for key, value in told.items() if "/home" in str(value) or key.startswith("tracking")]
+    told = told_keys(from_flat({"teacher.model": str(tmp_path), "student.model": "someone/a-model"}))
+    assert "teacher.model" not in told and told["student.model"] == "someone/a-model"
     assert told_keys(from_flat({"privacy.unit": "client", "privacy.noise-multiplier": 1.0})) == {}
 
 

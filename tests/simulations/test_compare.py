@@ -75,6 +75,35 @@ def test_a_run_without_a_score_has_dashes(tmp_path):
         assert {row[1] for rows in compare_sheet(merged([run])).sections[1:] for row in rows} == {"-"}
 
 
+def test_a_run_of_another_version_is_named(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "a" / "summary.json").write_text('{"status": "completed", "student": {}}')
+    with pytest.raises(InputError, match=r"a/summary.json: damaged, or of another version \('metric'\)"):
+        read_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    keys = (tmp_path / "b" / "config.toml").read_text()
+    (tmp_path / "b" / "config.toml").write_text(f"rounbs = 3\n{keys}")
+    with pytest.raises(InputError, match=r"b/config.toml: rounbs: no such key.*written by another version"):
+        read_run(tmp_path / "b")
+
+
+def test_a_name_of_two_lines_is_one_cell_of_markdown(tmp_path, capsys):
+    compare([make_run(tmp_path / "a\n|b").path, make_run(tmp_path / "c", rounds=2).path], "markdown")
+    assert "|  | a \\|b | c |\n" in capsys.readouterr().out
+
+
+def test_an_epsilon_of_another_federation_is_said_to_be(tmp_path, capsys):
+    runs = [make_run(tmp_path / name).path for name in "ab"]
+    for path, more in zip(runs, ({}, {"noise_cohort": 1000}), strict=True):
+        summary = json.loads((path / "summary.json").read_text())
+        summary["privacy"] = {"unit": "client", "epsilon": 2.0, "delta": 1e-5, **more}
+        (path / "summary.json").write_text(json.dumps(summary))
+    compare(runs, "markdown")
+    assert "| epsilon, the largest | 2 | 2 simulated |" in capsys.readouterr().out
+    compare(runs, "csv")
+    assert "\nepsilon,2.0,\nepsilon.simulated,,2.0\n" in capsys.readouterr().out
+
+
 def test_a_sweep_stands_for_its_runs_that_have_begun(tmp_path):
     for seed in (10, 2):
         make_run(tmp_path / f"arm/toy/seed-{seed}", seed=seed)

@@ -19,6 +19,7 @@ from common.models import load_teacher
 from common.progress import Lines, Silent
 from common.slim import Shape, cut_student, load_slim, save_slim
 from simulations import cli
+from simulations.export_card import spending_words
 from simulations.export_run import ON_CPU, check_drop, check_options, export_run, open_student, read_run
 from tests.conftest import make_sentences, make_teacher, make_tokens, stir
 
@@ -77,6 +78,12 @@ def run(tmp_path_factory):
 
 def export(run, out, **given):
     return export_run(run, out, progress=Silent(), **{"int8": False, "max_drop": 0.5, **given})
+
+
+def test_a_card_claims_no_epsilon_of_another_federation():
+    spent = {"unit": "client", "epsilon": 2.5, "delta": 1e-5, "accountant": "rdp"}
+    assert spending_words(spent) == "epsilon 2.500 at delta 1e-05, unit client, accountant rdp."
+    assert spending_words(spent | {"noise_cohort": 9}).startswith("Simulated, it holds for no client of this run: eps")
 
 
 def test_an_export_answers_as_its_student_and_says_so(run, tmp_path):
