@@ -20,6 +20,7 @@ from common.errors import InputError
 from common.store import write_atomically
 from server.trackers.chosen import Trackers
 
+ENDS = ("summary.json", "report.html")  # what a run leaves when it ends
 JOURNALS = ("metrics.jsonl", "costs.jsonl")
 SHARDS = "shards.json"
 CLAIM = (".lock", ".config.toml.*")  # what a process leaves that is killed while it takes a folder
@@ -59,15 +60,16 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{path}: cannot be made or written: {error.strerror}") from None
         self.path = path.resolve()
-        summary = self.path / "summary.json"
-        if self.resumed and summary.is_file():  # it would speak of a run that goes on
-            self._before[summary.name] = summary.read_bytes()
-            summary.unlink()
+        for told in (self.path / name for name in ENDS if self.resumed):  # they would speak of a run that goes on
+            if told.is_file():
+                self._before[told.name] = told.read_bytes()
+                told.unlink()
 
     def take_up(self) -> None:
         """Go on with the run in this process, from its last checkpoint."""
         self.resumed = True
-        (self.path / "summary.json").unlink(missing_ok=True)
+        for name in ENDS:
+            (self.path / name).unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:
