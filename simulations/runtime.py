@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from common.config import Config
-from common.errors import InputError
+from common.errors import InputError, RunFailed
 from common.store import cache_folder
 from simulations.worker_pool import WorkerPool
 
@@ -93,6 +93,10 @@ def start_ray(cores: int) -> None:
     """Start Ray, or connect to a running cluster, before Flower would.
 
     Ray takes over SIGTERM: a handler set before it must come back.
+
+    Raises:
+        InputError: `RAY_ADDRESS` is no address, or nobody answers there.
+        RunFailed: Ray does not start.
     """
     import ray
 
@@ -100,14 +104,17 @@ def start_ray(cores: int) -> None:
     _check_address(address)
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    ray.init(
-        address=address or "local",  # else Ray would join whatever cluster this machine has started
-        num_cpus=None if address else cores,  # a running cluster has its own
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": _environment()},
-    )
+    try:
+        ray.init(
+            address=address or "local",  # else Ray would join whatever cluster this machine has started
+            num_cpus=None if address else cores,  # a running cluster has its own
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _environment()},
+        )
+    except Exception as error:  # Ray gives itself 30 s, and raises a bare Exception after that
+        raise RunFailed(f"Ray did not start ({type(error).__name__}); is this machine very busy, or full?") from error
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
