@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from common.errors import InputError
+from common.errors import InputError, RunFailed
 from common.progress import Progress
 from common.store import cache_folder
 from simulations.display import console_on, progress_for
@@ -207,7 +207,7 @@ def _ray() -> list[Finding]:
     began, where = time.monotonic(), os.environ.get("RAY_ADDRESS", "")
     try:
         cores = try_ray()
-    except InputError as error:
+    except (InputError, RunFailed) as error:
         return [Finding("ray starts", "no", MISSING, str(error))]
     return [Finding("ray starts", f"{where or 'here'}, {cores:.0f} cores, in {time.monotonic() - began:.1f} s")]
 
