@@ -135,7 +135,7 @@ def renamed(number: int, act: Callable[[], None]) -> None:
     """The checkpoint has its name; the oldest is not removed."""
     from server import checkpoint
 
-    after(checkpoint, "_sync", act, lambda folder: (folder / f"round-{number:05d}").is_dir())
+    after(checkpoint, "sync_folder", act, lambda folder: (folder / f"round-{number:05d}").is_dir())
 
 
 def pruning(number: int, act: Callable[[], None]) -> None:
