@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from common.errors import InputError
 from common.section import Scalar
+from server.lines import read_lines
 from server.run_folder import SHARDS
 
 UNFINISHED = "unfinished"
@@ -72,20 +73,6 @@ def read_run(folder: Path) -> Run:
     lines, costs = read_lines(folder / "metrics.jsonl"), read_lines(folder / "costs.jsonl")
     summary = _checked(folder / "summary.json") or _so_far(keys, lines, costs)
     return Run(folder, summary, keys, lines, costs, _shards(folder), _object(folder / "slim" / "shape.json"))
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a journal, up to one that is none; the last one of a run that was killed may be half there."""
-    found: list[Line] = []
-    for text in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or type(line.get("round")) is not int or "phase" not in line:
-            break
-        found.append(line)
-    return found
 
 
 def _object(path: Path) -> Line:

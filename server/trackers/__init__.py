@@ -1,4 +1,5 @@
 """Where else a run's lines go when a key of `tracking` asks for it: TensorBoard, MLflow, Weights & Biases.
 
-What a tracker gets is the numbers of metrics.jsonl, line by line, and nothing else of what was learnt or who was there.
+A tracker gets the numbers of metrics.jsonl, line by line; the two services get the run's name too and, where nothing is
+protected, its keys. It gets no text, no weights, and nothing of clients that metrics.jsonl does not say.
 """

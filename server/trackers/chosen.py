@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from common.config import Config
 from common.errors import InputError
-from server.trackers.lines import numbers_of
+from server.lines import numbers_of
 from server.trackers.mlflow import MLflow
 from server.trackers.tensorboard import TensorBoard
 from server.trackers.wandb import WeightsAndBiases
@@ -34,7 +34,7 @@ class Trackers:
     """Passes lines on; a tracker that fails is told of once and left alone from then on.
 
     Args:
-        tell: hears of that.
+        tell: hears of that; a run's progress takes its place.
 
     Raises:
         InputError: the package of one that the keys ask for is not installed.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import Config
-from server.trackers.lines import lines_before, numbers_of
+from server.lines import numbers_of, read_lines
 
 FOLDER = "tensorboard"
 
@@ -24,7 +24,7 @@ class TensorBoard:
 
         shutil.rmtree(run / FOLDER, ignore_errors=True)
         self.writer = EventFileWriter(str(run / FOLDER))
-        earlier = [numbers_of(line) for line in lines_before(run / "metrics.jsonl")]
+        earlier = [numbers_of(line) for line in read_lines(run / "metrics.jsonl")]
         for number, numbers in earlier[:-1]:  # the last is the line that this was opened for
             self.add(number, numbers)
 

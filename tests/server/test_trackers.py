@@ -8,10 +8,10 @@ import pytest
 
 from common.config import Config, from_flat
 from common.errors import InputError
+from server.lines import numbers_of
 from server.run_folder import RunFolder
 from server.trackers import chosen
 from server.trackers.given import told_keys
-from server.trackers.lines import numbers_of
 
 LINE = {
     "round": 3, "phase": "evaluate", "student": {"accuracy": 0.5, "f1": None}, "retention": float("nan"),
