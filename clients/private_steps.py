@@ -5,10 +5,11 @@
 
 Abadi et al. 2016 (https://arxiv.org/abs/1607.00133), with Poisson lots as their accounting assumes (Ponomareva et al.
 2023, https://arxiv.org/abs/2303.00654, section 5). g(x) is the gradient of one example's loss with respect to all
-weights under training. Its norm is measured without ever holding it, by ghost clipping (Goodfellow 2015,
-https://arxiv.org/abs/1510.01799; Li et al. 2022, https://arxiv.org/abs/2110.05679) of Opacus; a second pass back, each
-loss weighted, gives the clipped sum. A lot passes in parts, and gets its noise once. An empty lot is a step on noise
-alone: to leave it out would tell that it was empty.
+weights under training. Of a matrix product it is never held: its norm follows from the product's inputs and the slopes
+of its outputs (ghost clipping, Goodfellow 2015, https://arxiv.org/abs/1510.01799; Li et al. 2022,
+https://arxiv.org/abs/2110.05679; by Opacus), and of the same two, once the slopes are weighted, the clipped sum is one
+product more: one pass back is enough (book-keeping, Bu et al. 2023, https://arxiv.org/abs/2210.00038). A lot passes in
+parts, and gets its noise once. An empty lot is a step on noise alone: to leave it out would tell that it was empty.
 
 What follows works on the noised gradient, and so costs nothing: any optimiser, weight decay, FedProx's pull, the
 server. Lots and noise are drawn from 256 bits of the operating system's entropy, and never from the run's seed: whoever
@@ -17,7 +18,6 @@ knows it could take the noise away again.
 
 import math
 import secrets
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,13 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from common.accounting import Steps
 from common.device import Compute
 from common.distillation import Learning
 from common.objective import Batch, each_loss, parts_of
 from common.recipe import Recipe
+
+PRODUCTS = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -129,42 +132,91 @@ def clipped_sum(
     Args:
         batch: of examples with one row each.
     """
-    with _watched(model) as watch:
+    with _noted(model) as calls:
         found = parts_of(model, batch, recipe, compute)
-        each = each_loss(found["soft"], found["hard"], batch, recipe, recipe.weights)
-        torch.autograd.grad(each.sum(), weights, retain_graph=True)
-        norms = watch.get_norm_sample().detach()
-        watch.disable_hooks()
-        fine = norms.isfinite()
-        if fine.all():
-            return list(torch.autograd.grad((each * (clip_norm / norms).clamp(max=1.0)).sum(), weights))
-    if not fine.any():
-        return [torch.zeros_like(weight) for weight in weights]
-    # what one example does must not show in what becomes of the others
-    rest = _only(batch, fine)
-    return clipped_sum(model, weights, rest, recipe=recipe, compute=compute, clip_norm=clip_norm)
+    each = each_loss(found["soft"], found["hard"], batch, recipe, recipe.weights)
+    slopes = torch.autograd.grad(each.sum(), [call.output for call in calls], allow_unused=True)
+    used = [(call, slope) for call, slope in zip(calls, slopes, strict=True) if slope is not None]
+    norms = torch.stack([norm for call, slope in used for norm in call.norms(slope)]).norm(dim=0)
+    fine = norms.isfinite()  # what one example does must not show in what becomes of the others
+    factors = (clip_norm / norms[fine]).clamp(max=1.0)
+    sums = dict(pair for call, slope in used for pair in call.sums(slope[fine], fine, factors))
+    return [sums[weight] if weight in sums else torch.zeros_like(weight) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module with weights under training did in a pass forward.
+
+    Attributes:
+        given, output: (examples, ..., width) each.
+    """
+
+    module: Any
+    given: Tensor
+    output: Tensor
+
+    def norms(self, slope: Tensor) -> list[Tensor]:
+        """(examples,) norms of each example's gradient with respect to each weight, from that of the output."""
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping as Opacus
+
+        if isinstance(self.module, PRODUCTS):
+            return list(Opacus.NORM_SAMPLERS[nn.Linear](self.module, [self.given], slope).values())
+        return [each.flatten(1).norm(dim=1) for each in self._gradients(slope).values()]
+
+    def sums(self, slope: Tensor, kept: Tensor, factors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight with the weighted sum of some examples' gradients.
+
+        Args:
+            slope: of those that are kept.
+        """
+        weighted = slope * factors.view(-1, *[1] * (slope.dim() - 1))
+        call = replace(self, given=self.given[kept])
+        if not isinstance(self.module, PRODUCTS):
+            yield from ((weight, each.sum(dim=0)) for weight, each in call._gradients(weighted).items())
+            return
+        rows, columns = call.given.flatten(0, -2), weighted.flatten(0, -2)
+        turned = isinstance(self.module, Conv1D)  # its matrix is (in, out)
+        yield self.module.weight, rows.T @ columns if turned else columns.T @ rows
+        if self.module.bias is not None:
+            yield self.module.bias, columns.sum(dim=0)
+
+    def _gradients(self, slope: Tensor) -> dict[Tensor, Tensor]:
+        """(examples, *shape) of each weight; of modules whose weights are few."""
+        from opacus.grad_sample import GradSampleModule
+
+        found: dict[Tensor, Tensor] = GradSampleModule.GRAD_SAMPLERS[type(self.module)](
+            self.module, [self.given], slope
+        )
+        return found
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[Any]:
-    """Opacus, as long as it is to note norms; afterwards the model is as it was."""
-    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+def _noted(model: Any) -> Iterator[list[Call]]:
+    """What the modules with weights under training do meanwhile.
 
-    watch = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", use_ghost_clipping=True)
+    Raises:
+        ValueError: a weight is used twice, so that an example's gradients would have to be added up before their norm;
+            or a module's output has other axes than examples, pieces and width.
+    """
+    calls: list[Call] = []
+    weights: set[int] = set()
+
+    def note(module: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+        own = {id(weight) for weight in module.parameters(recurse=False)}
+        if own & weights:
+            raise ValueError(f"a weight of a {type(module).__name__} is used twice in a pass forward")
+        if output.dim() not in (2, 3):
+            raise ValueError(
+                f"a {type(module).__name__} has {output.dim()} dimensions; give (examples, [pieces,] width)"
+            )
+        weights.update(own)
+        calls.append(Call(module, given[0].detach(), output))
+
+    trained = [module for module in model.modules() if any(w.requires_grad for w in module.parameters(recurse=False))]
+    hooks = [module.register_forward_hook(note) for module in trained]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # frozen embeddings: the first layer's inputs need no gradient
-            yield watch
+        yield calls
     finally:
-        watch.remove_hooks()
-        for thing in (*model.modules(), *model.parameters()):
-            for name in ("activations", "max_batch_len", "_norm_sample", "_forward_counter", "grad_sample"):
-                if name in vars(thing):
-                    delattr(thing, name)
-
-
-def _only(batch: Batch, keep: Tensor) -> Batch:
-    """Some examples of a batch of single rows."""
-    inputs = {name: tensor[keep] for name, tensor in batch.inputs.items()}
-    hard = None if batch.hard is None else batch.hard[keep]
-    return replace(batch, inputs=inputs, soft=batch.soft[keep], hard=hard)
+        for hook in hooks:
+            hook.remove()

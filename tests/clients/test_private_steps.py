@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.private_steps import Lots, PrivateSteps, clipped_sum
+from clients.private_steps import Lots, PrivateSteps, _noted, clipped_sum
 from common.distillation import begin, learn
 from common.objective import batch_of, each_loss, parts_of
 from common.slim import Shape, cut_student
@@ -105,6 +105,21 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_zero_and_spoils_no_ot
     batch = batch_of(spoilt, SHORT, RECIPE, FP32)
     found = clipped_sum(scene.student.model, weights, batch, recipe=RECIPE, compute=FP32, clip_norm=1.0)
     assert off(found, loop(scene, RECIPE, 1.0, np.delete(SHORT, 3))[0]) < 1e-6
+    alone = batch_of(spoilt, SHORT[3:4], RECIPE, FP32)
+    found = clipped_sum(scene.student.model, weights, alone, recipe=RECIPE, compute=FP32, clip_norm=1.0)
+    assert not any(part.any() for part in found)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["module", "weight"])
+def test_a_weight_that_is_used_twice_is_refused(shared):
+    """Its examples' gradients have no norm before both uses are added up."""
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    if shared:
+        second.weight = first.weight
+    model = torch.nn.Sequential(first, second if shared else first)
+    with pytest.raises(ValueError, match="a weight of a Linear is used twice"), _noted(model):
+        model(torch.zeros(2, 3, 4))
+    assert not first._forward_hooks and not second._forward_hooks
 
 
 def test_a_lot_in_parts_is_the_lot_and_gets_its_noise_once(scene):
@@ -186,6 +201,6 @@ def test_the_run_s_seed_does_not_give_the_noise_again_and_nothing_is_told_of_the
 def test_the_student_is_left_as_it_was(scene):
     clipped(scene, RECIPE, 1.0)
     for module in scene.student.model.modules():
-        assert not module._forward_hooks and not module._backward_hooks and not hasattr(module, "activations")
+        assert not module._forward_hooks and not module._backward_hooks
     for weight in scene.student.model.parameters():
-        assert not {"_norm_sample", "grad_sample", "_forward_counter"} & set(vars(weight))
+        assert not vars(weight) and weight.grad is None
