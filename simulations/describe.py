@@ -33,15 +33,16 @@ from server.lesson import check_clients
 from server.origin import find_origin
 from server.preparation import check_windows
 from server.provisioning import run_shape, teacher_config
+from server.report.words import size as weight
 from server.shards import label_counts
 from server.teacher import TeacherSource, check_head, check_length, find_teacher, labelled_rows, tuned_folder
 from simulations.display import console_on, progress_for
+from simulations.planned_privacy import planned_privacy
 from simulations.runtime import worker_count
 from simulations.table import Row, Sheet, show
 
 SHOWN, CLASSES = 8, 4  # clients and classes that the screen has room for
 START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
-MEGA = 1e6
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
         "bytes_per_round": None if sent is None else asdict(sent),
         "seconds": asdict(times(config, data, size, teacher_size, speed, tune=not cached)),
         "not_counted": not_counted(config),
+        "privacy": planned_privacy(config, data, trained),
     }
 
 
@@ -198,10 +200,11 @@ def times(
         return rows * training_flops(one, 1, length) / speed.rate + steps * one.layers * speed.layer_s
 
     work, client = Work.of(config), config.client
-    each = [train(size, client.epochs * int(n), client.token_budget) for n in data.train_sizes if n]
+    seen = np.array([client.most_of(int(size)) for size in data.train_sizes])
+    each = [train(size, client.epochs * int(n), client.token_budget) for n in seen if n]
     training = sum(each) * cohort
     if work.deep:
-        training += forward(teacher, client.epochs * float(data.train_sizes.sum()) * cohort)
+        training += forward(teacher, client.epochs * float(seen.sum()) * cohort)
     held = float(data.heldout_sizes.sum()) * (1.0 if config.server.scores == "all" else cohort)
     public = sum(len(split) for split in data.validation.values())
     a_round = (training + forward(size, held)) / cores + forward(size, public)
@@ -257,11 +260,12 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         told.append("a round   outputs on public text travel, no weights; their bytes are not predicted")
     else:
         told += [
-            f"a round   {sent['down'] / MEGA:,.1f} MB down, {sent['up'] / MEGA:,.1f} MB up "
+            f"a round   {weight(sent['down'])} down, {weight(sent['up'])} up "
             f"between the server and {found['workers']} workers;",
-            f"          {sent['client_down'] / MEGA:,.1f} MB down, {sent['client_up'] / MEGA:,.1f} MB up for a client "
-            "on a device of its own",
+            f"          {weight(sent['client_down'])} down, {weight(sent['client_up'])} up for a client on a device of "
+            "its own",
         ]
+    told += [f"privacy   {words.removeprefix('privacy ')}" for words in found["privacy"]]
     told.append(f"time      about {spoken(seconds['total'])}, an estimate for this machine as it is now:")
     told.append(
         f"          {spoken(seconds['start'] + seconds['once'] + seconds['fine_tuning'])} before round 1, "

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from clients.device_profile import Line
+from common.accounting import noise_for
 from common.config import from_flat
 from common.errors import InputError
 from common.progress import Silent
@@ -28,12 +29,16 @@ def test_without_packing_each_client_sends_its_own():
     assert bytes_of(from_flat({"server.strategy": "fedmd"}), 1000, 10) is None
 
 
-def test_a_federation_is_described_without_running_it(tmp_path, monkeypatch):
+@pytest.fixture
+def keys(tmp_path, monkeypatch):
     monkeypatch.setattr(describe, "probe", lambda config, progress: type("P", (), {"training": Line(1e9, 0.0, ())}))
-    keys = {
+    return {
         "teacher.model": str(make_teacher(tmp_path / "encoder", labels=0)), "data.limit": 300, "data.max-length": 32,
         "data.clients": 9, "student.layers": 2, "runtime.workers": 2, "runtime.cache": str(tmp_path / "cache"),
     }  # fmt: skip
+
+
+def test_a_federation_is_described_without_running_it(tmp_path, keys):
     found = examine(from_flat(keys), Silent())
     assert found == json.loads(json.dumps(found))
     shards = found["shards"]
@@ -50,6 +55,27 @@ def test_a_federation_is_described_without_running_it(tmp_path, monkeypatch):
     assert max(map(len, lines(found))) <= 80
     sheet = shard_sheet(found)
     assert sheet.sections[0][-1][0] == "all"
+
+
+def test_what_privacy_it_would_give_is_told(keys):
+    """All nine clients in each of five rounds; of examples, lots of 16 in one pass a round."""
+    rdp = {"privacy.epsilon": 8.0, "privacy.accountant": "rdp"}
+    (told,) = examine(from_flat({**keys, **rdp, "privacy.unit": "client"}), Silent())["privacy"]
+    noise = noise_for(8.0, rate=1.0, steps=5, delta=1e-5, accountant="rdp")
+    assert told == f"privacy of clients: noise of {noise:.4g} clip norms, epsilon 8 at delta 1e-05 (rdp) in all"
+
+    found = examine(from_flat({**keys, **rdp, "privacy.unit": "example", "privacy.lot": 16}), Silent())
+    sizes = min(found["shards"]["train"]), max(found["shards"]["train"])
+    assert len(found["privacy"]) == 2
+    for size, words in zip(sizes, found["privacy"], strict=True):
+        steps = 5 * -(-size // 16)
+        noise = noise_for(8.0, rate=min(1.0, 16 / size), steps=steps, delta=1e-5, accountant="rdp")
+        assert f"noise of {noise:.4g} clip norms for {size} of them, epsilon " in words
+    told = examine(
+        from_flat({**keys, **rdp, "privacy.unit": "example", "privacy.lot": 16, "privacy.lifetime-epsilon": 4.0}),
+        Silent(),
+    )["privacy"]
+    assert told[-1].startswith("clients will decline: privacy.lifetime-epsilon = 4.0 is less than")
 
 
 def test_texts_of_others_are_not_described():
