@@ -33,6 +33,7 @@ from server.validation import validate
 
 Weights = dict[str, NDArray[np.float32]]
 Rows = Mapping[int, NDArray[np.int64]]
+THREADS = torch.get_num_threads()  # of the server's process in a run: this one's, until a worker begins
 Watch = Callable[[int, Weights, Intake], None]  # told of a round's number, the weights it began from, what came in
 
 
@@ -82,6 +83,7 @@ class Laboratory:
         self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] | None = None
     ) -> None:
         self.config, self.progress, self.folder = config, progress, folder
+        torch.set_num_threads(THREADS)  # which a teacher's bits depend on
         self.federation: Federation = prepare(config, progress)
         if config.student.narrows:
             self._narrow()
@@ -134,7 +136,7 @@ class Laboratory:
         cohort = self._cohort(number)
         self.worker.rows = rows or {}
         cohort = tuple(client for client in cohort if len(self.worker.rows.get(client, (0,))))
-        sizes = {client: len(self.worker._rows_of(client)) for client in cohort}
+        sizes = {client: self.config.client.most_of(len(self.worker._rows_of(client))) for client in cohort}
         intake = keeping(self.method.intake(number, weights, sizes))
         if cohort:
             groups, lines = self.answer(number, weights, cohort)

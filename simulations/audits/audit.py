@@ -5,31 +5,27 @@ keep to go on from; above them rows.parquet and audit.md, after every attack ane
 report.html.
 """
 
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from common.config import load_config
-from common.errors import InputError, Interrupted
+from common.errors import InputError, Interrupted, place_of
 from common.progress import Progress
 from common.section import Scalar
 from common.store import write_atomically
-from server.run_folder import finite
-from simulations.audits.attack import Attack, Row
+from simulations.audits.attack import Row
 from simulations.audits.audit_file import Audit
 from simulations.audits.figures import attack_sheets, wide_sheet
 from simulations.audits.plots import plot
 from simulations.audits.report import write_audit_report
+from simulations.audits.runs import attack_all, known
 from simulations.child import stoppable
 from simulations.compare import differing
 from simulations.display import console_on, progress_for
-from simulations.laboratory import Laboratory
-from simulations.outcome import read_json
-from simulations.sweep_file import Planned
 from simulations.table import markdown, show
 
 
@@ -51,9 +47,18 @@ def audit(plan: Audit, out: Path) -> list[Row]:
         raise Interrupted from None
     for sheet in attack_sheets(rows, tuple(plan.plan.arms)):
         show(console, sheet)
-    for path in (*write(plan, rows, out), *plot(plan, rows, out), write_audit_report(plan, rows, out)):
+    for path in (*write(plan, rows, out), *_drawn(plan, rows, out, progress)):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return rows
+
+
+def _drawn(plan: Audit, rows: Sequence[Row], out: Path, progress: Progress) -> list[Path]:
+    """Plots and page. What goes wrong there is told: the rows are worth more."""
+    try:
+        return [*plot(plan, rows, out), write_audit_report(plan, rows, out)]
+    except Exception as error:
+        progress.line(f"no plots: {type(error).__name__}{place_of(error)}; the same command tries them again")
+        return []
 
 
 def _check(plan: Audit, out: Path) -> None:
@@ -69,55 +74,30 @@ def _check(plan: Audit, out: Path) -> None:
 
 
 def _run(plan: Audit, out: Path, progress: Progress) -> list[Row]:
-    rows: list[Row] = []
     runs, attacks = plan.plan.runs, plan.attacks
     with progress.step("attacks", len(runs) * len(attacks)) as step:
-        for run in runs:
-            folder, lab = out / run.folder, None
-            for name, attack in attacks.items():
-                found, began = _known(folder, attack), time.monotonic()
-                if found is None:
-                    step.info(f"{run.name}: {name}")
-                    lab = lab or _laboratory(run, folder, progress)
-                    found = [dict(row) for row in attack.run(lab, progress)]
-                    _keep(folder, attack, found)
-                    progress.line(f"{run.name}: {_said(name, found)}, {time.monotonic() - began:.0f} s")
-                    write(plan, rows + _named(plan, run, name, found), out)
-                rows += _named(plan, run, name, found)
+        there = sum(known(out / run.folder, attack) is not None for run in runs for attack in attacks.values())
+        step.advance(there)
+        with closing(attack_all(runs, attacks, out, progress, step.info)) as done:
+            for run, name, found in done:
+                progress.line(f"{run.name}: {_said(name, found.rows)}, {found.seconds:.0f} s")
+                write(plan, _gathered(plan, out), out)
                 step.advance()
+    return _gathered(plan, out)
+
+
+def _gathered(plan: Audit, out: Path) -> list[Row]:
+    """The rows so far, in the plan's order, with where they come from and the keys in which the arms differ."""
+    varied = [key for key in differing([run.config for run in plan.plan.runs]) if key != "seed"]
+    rows: list[Row] = []
+    for run in plan.plan.runs:
+        flat = run.config.flat()
+        keys: Row = {key: flat[key] for key in varied}
+        for name, attack in plan.attacks.items():
+            if (found := known(out / run.folder, attack)) is not None:
+                place: Row = {"arm": run.arm, "task": run.task, "seed": run.seed, "attack": name}
+                rows += [{**place, **row, **keys} for row in found.rows]
     return rows
-
-
-def _laboratory(run: Planned, folder: Path, progress: Progress) -> Laboratory:
-    write_atomically(folder / "config.toml", run.config.toml().encode())
-    return Laboratory(run.config, progress, folder)
-
-
-def _named(plan: Audit, run: Planned, attack: str, found: Sequence[Row]) -> list[Row]:
-    """An attack's rows with where they come from, and the keys in which the arms differ."""
-    flat = run.config.flat()
-    keys: Row = {key: flat[key] for key in differing([each.config for each in plan.plan.runs]) if key != "seed"}
-    return [{"arm": run.arm, "task": run.task, "seed": run.seed, "attack": attack, **row, **keys} for row in found]
-
-
-def _options(attack: Attack) -> dict[str, Scalar]:
-    return dict(vars(attack))
-
-
-def _known(folder: Path, attack: Attack) -> list[Row] | None:
-    """The rows of an attack that is done."""
-    found = read_json(folder / f"{attack.name}.json")
-    if found is None:
-        return None
-    if found["options"] != _options(attack):
-        told = ", ".join(f"{name} = {value!r}" for name, value in found["options"].items())
-        raise InputError(f"{folder / attack.name}.json: with other options ({told}); remove it, or give another --out")
-    return [dict(row) for row in found["rows"]]
-
-
-def _keep(folder: Path, attack: Attack, rows: Sequence[Row]) -> None:
-    content = {"options": _options(attack), "paper": attack.paper, "rows": finite(list(rows))}
-    write_atomically(folder / f"{attack.name}.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _said(name: str, rows: Sequence[Row]) -> str:

@@ -73,7 +73,7 @@ class Inversion:
         methods: of the grid, comma between; all: every one.
         victims: clients that are attacked in each setting.
         matched: victims of tag and lamp, which take long; they are tried in the settings of `MATCHED`.
-        steps: of their search.
+        steps, sweeps: of their searches, see `matching`.
         sgd_lr: learning rate of an SGD step.
         tolerance: of a span check, how far outside a piece may be, as a share of its norm.
         show: put the private text and what was found of it into the rows: for public or made-up text alone.
@@ -86,7 +86,8 @@ class Inversion:
     methods: str = "all"
     victims: int = 3
     matched: int = 1
-    steps: int = 300
+    steps: int = 100
+    sweeps: int = 6
     sgd_lr: float = 0.1
     tolerance: float = 0.01
     show: bool = False
@@ -121,8 +122,8 @@ class Inversion:
         wrong = [one for one in asked if one not in MEASURES]
         if wrong:
             raise InputError(f"inversion.methods: no {wrong[0]!r}; give all, or some of {', '.join(MEASURES)}")
-        if self.victims < 1 or self.steps < 0 or self.matched < 0 or self.sgd_lr <= 0:
-            raise InputError("inversion: victims from 1, steps and matched from 0, sgd_lr above 0")
+        if self.victims < 1 or min(self.steps, self.sweeps, self.matched) < 0 or self.sgd_lr <= 0:
+            raise InputError("inversion: victims from 1, steps, sweeps and matched from 0, sgd_lr above 0")
         return asked
 
 
@@ -210,7 +211,7 @@ class Bench:
         match = Match.of(seen, pieces, *ends_of(self.victims.tokenizer))
         return search(
             match, max(map(len, truth)), self.prior if method == "lamp" else None, steps=self.options.steps,
-            rng=generator(self.lab.config.seed, "matching"),
+            sweeps=self.options.sweeps, rng=generator(self.lab.config.seed, "matching"),
         )  # fmt: skip
 
     def _longest(self, seen: Seen, rows: NDArray[np.int64]) -> Found:

@@ -8,15 +8,20 @@ Word vectors x of a text are moved by Adam until the gradient g(x) that they mak
          that x stands for (two pieces swapped, a piece or a run of them moved, the beginning put to the end) the one
          with the least loss + l * surprise under a language prior is taken over
 
-and each vector becomes the piece that it points to. As in both papers the length is known, and so are the special
-pieces at both ends. The gradient by the logits, which all losses on outputs end in, need not be guessed with the
-labels: of one text it is the gradient of the head's bias; of several it is searched along with x.
+and each vector becomes the piece that it points to. With that text a last search begins, which neither paper has:
+place by place its piece is exchanged for another, or changes places with one, as long as the loss falls. The slope of
+the loss says which places come first and, of all pieces, which are tried (HotFlip, Ebrahimi et al. 2018,
+https://arxiv.org/abs/1712.06751). Near the text each right piece shows in the loss: what Adam has half found is found.
+
+As in both papers the length is known, and so are the special pieces at both ends. The gradient by the logits, which all
+losses on outputs end in, need not be guessed with the labels: of one text it is the gradient of the head's bias; of
+several it is searched along with x.
 
 Here each array counts the same in TAG's sum, as a share of g*: their sizes differ more in a classifier than in a
 language model. The prior of LAMP is bigrams of the public text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +39,13 @@ ABSOLUTE = 0.01  # a of TAG
 NORM = 1.0  # weight of LAMP's pull on norms
 SURPRISE = 0.02  # l of LAMP
 LR = 0.02
-NOTHING = (
-    1e-4  # of the largest mean square's root: what is less is rounding, as of the keys' bias, which changes nothing
-)
+# of the largest mean square's root: what is less is rounding, as of the keys' bias, which changes nothing
+NOTHING = 1e-4
 STARTS = 16  # random texts, of which the best is begun with
 EVERY = 50  # steps between two looks at rearrangements
 LOOKS = 40  # of them at a time
+TRIED = 32  # pieces at a place of the last search
+Places = NDArray[np.int64]  # in a search's pieces
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,15 @@ def search(
     prior: Bigrams | None,
     *,
     steps: int,
+    sweeps: int,
     rng: np.random.Generator,
-    advance: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The texts, in pieces, special ones left out.
 
     Args:
         length: of each text without special pieces.
         prior: with it LAMP, without TAG.
+        sweeps: of the last search over all places, at most.
     """
     seen = match.seen
     seen.model.eval()
@@ -162,8 +169,59 @@ def search(
         schedule.step()
         if prior is not None and step % EVERY == EVERY - 1:
             _rearrange(match, text, loss_of, prior, rng)
-        advance()
-    return [[int(match.pieces[place]) for place in one] for one in match.read(text)]
+    found = exchange(match, match.read(text), loss_of, sweeps=sweeps)
+    return [[int(match.pieces[place]) for place in one] for one in found]
+
+
+def exchange(match: Match, said: Places, loss_of: Callable[..., Tensor], *, sweeps: int) -> Places:
+    """Texts of less loss: place by place the best of some other pieces, or of changing places with another.
+
+    Args:
+        said: (texts, length) places in ``match.pieces``.
+        loss_of: of (texts, length, width) vectors; with ``graph`` it has a slope.
+    """
+
+    def cost(one: Places) -> float:
+        return float(loss_of(match.vectors[torch.from_numpy(one)]).detach())
+
+    least = cost(said)
+    for _ in range(sweeps):
+        before = least
+        promised = _gains(match, said, loss_of).max(dim=0).values.reshape(said.shape).numpy()
+        for at in zip(*np.unravel_index(np.argsort(-promised, axis=None), said.shape), strict=True):
+            best = said
+            for other in _neighbours(match, said, at, loss_of):
+                if (loss := cost(other)) < least:
+                    least, best = loss, other
+            said = best
+        if least >= before:
+            break
+    return said
+
+
+def _gains(match: Match, said: Places, loss_of: Callable[..., Tensor]) -> Tensor:
+    """(pieces, places of all texts) how much the loss falls, by its slope, with a piece at a place."""
+    vectors = match.vectors[torch.from_numpy(said)].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of(vectors, graph=True), [vectors])
+    slope, now = slope.flatten(0, 1), vectors.detach().flatten(0, 1)
+    return (now * slope).sum(dim=1) - match.vectors @ slope.T
+
+
+def _neighbours(match: Match, said: Places, at: tuple[Any, ...], loss_of: Callable[..., Tensor]) -> Iterator[Places]:
+    """The texts with another piece at a place, and with the piece there and one behind it exchanged."""
+    text, place = at
+    tried = np.arange(len(match.pieces))
+    if len(tried) > TRIED:
+        gains = _gains(match, said, loss_of)[:, text * said.shape[1] + place]
+        tried = gains.topk(TRIED).indices.numpy()
+    for piece in tried[tried != said[at]]:
+        other = said.copy()
+        other[at] = piece
+        yield other
+    for behind in range(place + 1, said.shape[1]):
+        other = said.copy()
+        other[text, [place, behind]] = said[text, [behind, place]]
+        yield other
 
 
 def _rearrange(

@@ -4,13 +4,9 @@ Every one is a whole federation in a process of the machine's own, a few at a ti
 laboratory's folder, so that an audit that was stopped trains only those that are missing.
 """
 
-import multiprocessing
-import os
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import Config, from_flat
-from common.errors import InputError, RunFailed
+from common.config import from_flat
+from common.errors import InputError
 from common.progress import Progress, Silent
 from common.section import Scalar
 from common.store import write_atomically
 from simulations.audits.halves import Halves, draw_halves
 from simulations.laboratory import Laboratory
+from simulations.pool import pool, processes
 
 Floats = NDArray[np.float64]
 
@@ -80,11 +77,6 @@ def train_one(lab: Laboratory, halves: Halves, model: int) -> NDArray[np.float32
     return lab.logits(weights, np.concatenate([halves.rows, halves.population]))
 
 
-def processes(config: Config) -> int:
-    """How many federations are trained at once."""
-    return config.runtime.workers or max((os.cpu_count() or 1) // config.runtime.threads, 1)
-
-
 def _train_all(lab: Laboratory, examples: int, missing: Sequence[int], models: int, folder: Path) -> Iterator[int]:
     """Each model once its file is written."""
     count = min(processes(lab.config), len(missing))
@@ -94,19 +86,10 @@ def _train_all(lab: Laboratory, examples: int, missing: Sequence[int], models: i
             _write(_file(folder, model), train_one(lab, halves, model))
             yield model
         return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_leave_stopping_to_the_parent)
-    try:
-        flat = tuple(lab.config.flat().items())
-        jobs = [pool.submit(_train_there, flat, examples, models, model, folder) for model in missing]
-        for job in as_completed(jobs):
+    flat = tuple(lab.config.flat().items())
+    with pool(count) as workers:
+        for job in as_completed([workers.submit(_train_there, flat, examples, models, m, folder) for m in missing]):
             yield job.result()
-    except BrokenProcessPool:
-        raise RunFailed("a process that trains models ended; too little memory?") from None
-    finally:
-        for process in multiprocessing.active_children():  # after an error or a signal: at once
-            process.kill()
-        pool.shutdown(cancel_futures=True)
 
 
 def _train_there(flat: tuple[tuple[str, Scalar], ...], examples: int, models: int, model: int, folder: Path) -> int:
@@ -120,10 +103,6 @@ def _laboratory(flat: tuple[tuple[str, Scalar], ...], examples: int, models: int
     """This process's own."""
     lab = Laboratory(from_flat(dict(flat)), Silent())
     return lab, draw_halves(lab.data, models, examples, lab.config.seed)
-
-
-def _leave_stopping_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

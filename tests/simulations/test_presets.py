@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PRESETS = sorted((ROOT / "simulations" / "presets").glob("*.toml"))
 SWEEPS = ("ablation", "glue", "teachers", "tiers")
-AUDITS = ("membership", "privacy")
+AUDITS = [("inversion", 1, 1), ("membership", 3, 7), ("poisoning", 1, 1), ("privacy", 3, 3)]
 
 
 @pytest.mark.parametrize(
-    "path", [one for one in PRESETS if one.stem not in SWEEPS + AUDITS], ids=lambda path: path.stem
+    "path",
+    [one for one in PRESETS if one.stem not in (*SWEEPS, *(name for name, _, _ in AUDITS))],
+    ids=lambda path: path.stem,
 )
 def test_every_preset_loads(path):
     """A preset is named after its task; one for a file of the user's own, which has none, after what is in the file."""
@@ -30,8 +32,7 @@ def test_every_preset_of_a_sweep_loads(path):
     assert len({run.seed for run in read_sweep(path).runs}) == 3
 
 
-@pytest.mark.parametrize("name", AUDITS)
-def test_every_preset_of_an_audit_loads(name):
+@pytest.mark.parametrize("name, seeds, attacks", AUDITS)
+def test_every_preset_of_an_audit_loads(name, seeds, attacks):
     audit = read_audit(ROOT / "simulations" / "presets" / f"{name}.toml")
-    assert len({run.seed for run in audit.plan.runs}) == 3
-    assert len(audit.attacks) > 2
+    assert (len({run.seed for run in audit.plan.runs}), len(audit.attacks)) == (seeds, attacks)

@@ -1,12 +1,15 @@
 """An audit from its file to its table, with tiny random models; what is refused before anything is trained."""
 
 import json
+import multiprocessing
+import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import InputError, Interrupted
+from common.errors import InputError, Interrupted, RunFailed
 from simulations.audits.audit import audit, parquet
 from simulations.audits.audit_file import read_audit
 from simulations.audits.lira import Lira
@@ -17,24 +20,23 @@ ATTACKS = ["utility", "teacher", "loss", "lira", "rmia", "fedmia", "votes"]
 pytestmark = pytest.mark.integration  # it trains many tiny models
 
 
-@pytest.fixture(scope="module")
-def file(tiny_teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("audit")
-    make_reviews(folder / "reviews.csv", count=120)
-    (folder / "audit.toml").write_text(f"""
+KEYS = """
 seeds = [0]
-attacks = {ATTACKS}
 task = "text"
 rounds = 1
-data.source = "{folder / "reviews.csv"}"
 data.clients = 3
 data.max-length = 64
 data.alpha = 10.0
-teacher.model = "{tiny_teacher}"
 student.layers = 2
 client.lr = 0.02
 client.epochs = 1
 runtime.workers = 1
+[arms.distilled]
+[arms.plain]
+distill.soft-weight = 0.0
+distill.hard-weight = 1.0
+"""
+OPTIONS = """
 [attack.lira]
 models = 3
 [attack.rmia]
@@ -46,12 +48,26 @@ models = 3
 models = 1
 [attack.votes]
 epochs = 1
-[arms.distilled]
-[arms.plain]
-distill.soft-weight = 0.0
-distill.hard-weight = 1.0
-""")
-    return folder / "audit.toml"
+"""
+
+
+@pytest.fixture(scope="module")
+def write(tiny_teacher, tmp_path_factory):
+    """Writes an audit of two arms to a file: some attacks with their options."""
+    folder = tmp_path_factory.mktemp("audit")
+    make_reviews(folder / "reviews.csv", count=120)
+    place = f'data.source = "{folder / "reviews.csv"}"\nteacher.model = "{tiny_teacher}"\n'
+
+    def writer(name, attacks, options):
+        (folder / name).write_text(f"attacks = {attacks}\n{place}{KEYS}{options}")
+        return folder / name
+
+    return writer
+
+
+@pytest.fixture(scope="module")
+def file(write):
+    return write("audit.toml", ATTACKS, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +100,56 @@ def test_attacks_that_ask_for_the_same_models_share_them(done):
 
 def test_what_is_done_is_not_done_again(done, file, monkeypatch):
     out, rows = done
-    monkeypatch.setattr("simulations.audits.audit.Laboratory", None)
+    monkeypatch.setattr("simulations.audits.runs.Laboratory", None)
     assert audit(read_audit(file), out) == rows
+
+
+def test_runs_side_by_side_find_what_they_find_one_after_the_other(done, file, tmp_path, capsys):
+    rows = audit(read_audit(file, ["runtime.workers=2"]), tmp_path / "two")
+    assert rows == done[1]
+    assert "models on halves" not in capsys.readouterr().out  # steps of several runs at once would be a muddle
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_wrong_in_one_of_several_processes_is_said_with_the_runs_name(write, tmp_path):
+    plan = read_audit(write("wrong.toml", ["poisoning"], "[attack.poisoning]\ntarget = 7\n"), ["runtime.workers=2"])
+    with pytest.raises(InputError, match=r"^(distilled|plain) text seed 0: poisoning.target = 7: classes are 0 to 1"):
+        audit(plan, tmp_path / "out")
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_killed_ends_the_audit_and_what_is_done_is_kept(write, tmp_path):
+    out = tmp_path / "out"
+
+    def kill():
+        while not list(out.glob("*/text/seed-0/teacher.json")):
+            time.sleep(0.02)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    attacks = ["teacher", "lira"]
+    plan = read_audit(write("killed.toml", attacks, "[attack.lira]\nmodels = 3\n"), ["runtime.workers=2"])
+    with pytest.raises(RunFailed, match="a process that trains models ended"):
+        audit(plan, out)
+    killer.join()
+    assert not multiprocessing.active_children()
+    rows = audit(plan, out)
+    assert {(row["arm"], row["attack"]) for row in rows} == {
+        (a, b) for a in ("distilled", "plain") for b in ("teacher", "lira")
+    }
+
+
+def test_a_fault_in_a_plot_takes_nothing_away(done, file, monkeypatch, capsys):
+    def broken(plan, rows, out):
+        raise ValueError("a label of somebody's")
+
+    out, rows = done
+    monkeypatch.setattr("simulations.audits.audit.plot", broken)
+    assert audit(read_audit(file), out) == rows
+    said = capsys.readouterr().out
+    assert "no plots: ValueError" in said and "somebody" not in said
 
 
 def test_after_a_stop_only_what_is_missing_is_trained(done, file, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from simulations.audits.embedding_rows import found_pieces, has_pairs, longest_t
 from simulations.audits.inversion_table import interval, summed_up, verdicts
 from simulations.audits.label_counts import Signals, count_labels, head_bias, signals_of
 from simulations.audits.language import Bigrams
-from simulations.audits.matching import Match, _other, ends_of
+from simulations.audits.matching import Match, _other, ends_of, exchange
 from simulations.audits.reconstruction import Judge, token_scores
 from simulations.audits.span import distances, pieces_in, span_of, text_in
 from simulations.audits.victim import WHOLE, Seen, Setting, clip_and_noise, dense
@@ -158,6 +159,37 @@ def test_the_true_text_has_the_gradient_that_is_matched(wide):
     assert truth[0] < 1e-4 and truth[1] < 1e-3
     assert other[0] > 100 * truth[0] and other[1] > 10 * truth[1]
     assert match.read(match.vectors[torch.from_numpy(text.astype(np.int64))][None])[0].tolist() == text.tolist()
+
+
+def test_a_text_that_is_half_found_is_found(wide):
+    """Frozen embeddings: no row tells which pieces it has, and at each place those are tried that the slope names."""
+    scene = Scene(wide)
+    seen = seen_of(scene, STEP, [0])
+    seen.model.eval()
+    seen.model.set_attn_implementation("eager")
+    first, last = ends_of(load_tokenizer(wide))
+    text = scene.data.tokens.pieces(np.array([0]))[len(first) : -len(last)].astype(np.int64)
+    match = Match.of(seen, np.arange(len(load_tokenizer(wide))), first, last)
+    signal = seen.gradient(head_bias(seen.model, seen.update)).float()[None]
+    said = text.copy()
+    said[[1, 4]], said[[2, 3]] = [60, 77], text[[3, 2]]
+
+    def loss_of(vectors, graph=False):
+        return match.cosine(match.gradients(vectors, signal, graph))
+
+    assert exchange(match, said[None], loss_of, sweeps=4).tolist() == [text.tolist()]
+
+
+def test_pieces_are_exchanged_until_none_is_better():
+    match = SimpleNamespace(pieces=np.arange(9), vectors=torch.arange(9.0)[:, None])
+    truth = torch.tensor([[[3.0], [1.0], [4.0], [1.0]], [[5.0], [2.0], [6.0], [5.0]]])
+    said = np.array([[0, 4, 1, 1], [5, 2, 6, 5]])
+
+    def loss_of(vectors, graph=False):
+        return (vectors - truth).square().sum()
+
+    assert exchange(match, said, loss_of, sweeps=2).tolist() == [[3, 1, 4, 1], [5, 2, 6, 5]]
+    assert exchange(match, said, loss_of, sweeps=0) is said
 
 
 def test_rearrangements_keep_every_piece():
