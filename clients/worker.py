@@ -335,7 +335,13 @@ class Worker:
 
     def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
         """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
-        return self._round_recipe(instruction, int(self.tier_of[client])), self._examples(client), self.teacher
+        examples = self._examples(client)
+        count = len(examples.rows)
+        if (most := self.config.client.most_of(count)) < count:
+            rng = generator(self.config.seed, "examples", instruction.round, client)
+            places = np.sort(rng.choice(count, most, replace=False))
+            examples = replace(examples, rows=examples.rows[places], soft=examples.soft[places])
+        return self._round_recipe(instruction, int(self.tier_of[client])), examples, self.teacher
 
     def _round_recipe(self, instruction: Instruction, tier: int) -> Recipe:
         recipe = self._recipe(instruction.round)

@@ -145,7 +145,10 @@ def _student_of_its_own(config: Keys) -> None:
 
 def _check_batches(config: Keys) -> None:
     keys = config.client
-    spending = {"max-seconds": keys.max_seconds, "energy-budget": keys.energy_budget, "memory-limit": keys.memory_limit}
+    spending = {
+        "examples": keys.examples, "max-seconds": keys.max_seconds, "energy-budget": keys.energy_budget,
+        "memory-limit": keys.memory_limit,
+    }  # fmt: skip
     for name, value in spending.items():
         if value and config.server.strategy in KEEPING:
             raise ValueError(
@@ -161,6 +164,11 @@ def _check_batches(config: Keys) -> None:
         raise ValueError(
             f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {config.server.strategy!r} a client trains "
             "more than one model, and the probe measures one; give a number, or 0"
+        )
+    if keys.examples and config.distill.general_rounds:
+        raise ValueError(
+            f"client.examples = {keys.examples}: distill.general-rounds = {config.distill.general_rounds} are over "
+            "whole shards; give 0 for one of them"
         )
     if not keys.grow_batch:
         return

@@ -146,7 +146,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is not TOML.
     """
-    document = read_document(path, "a TOML file, or none for the demo")
+    document = read_document(path, "a TOML file")
     flat: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, dict) and (value or key in Config.model_fields):

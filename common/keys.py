@@ -198,6 +198,12 @@ class DistillKeys(Section):
 
 class ClientKeys(Section):
     epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
+    examples: int = Field(
+        0,
+        ge=0,
+        description="the most examples of the shard that a round's passes are over, drawn anew each round: a server "
+        "that adapts makes one step a round, and large shards would make rounds few; 0: all",
+    )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw",
         description="sgd is for skewed labels with `fedadam` and its kin at the server: an optimiser that adapts at a "
@@ -250,6 +256,10 @@ class ClientKeys(Section):
         0, ge=0, description="of `fedkd`: layers of each client's own mentor, spread over the teacher's; 0: all of them"
     )
     proximal: Weight = Field(0.01, description="mu of `fedprox`: how strongly a client is held to the round's weights")
+
+    def most_of(self, size: int) -> int:
+        """How many of so many examples a round's passes are over."""
+        return min(size, self.examples or size)
 
 
 class ServerKeys(Section):

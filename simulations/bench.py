@@ -71,6 +71,7 @@ PLAIN = {  # what the loops do; with another value an arm would not do the same 
     "student.target-ratio": 0.0,
     "student.tiers": "",
     "student.dropout": 0.0,
+    "client.examples": 0,
     "client.grow-batch": False,
     "server.strategy": "fedavg",
     "server.lr": 1.0,

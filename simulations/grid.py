@@ -29,7 +29,7 @@ def take_grid(path: Path, document: dict[str, Any]) -> dict[str, list[Scalar]]:
     for key, values in grid.items():
         if not key or not isinstance(values, list) or not values or any(map(_is_no_scalar, values)):
             raise InputError(f"{path}: {GRID}{'.' * bool(key)}{key} = {values!r}: give {EXAMPLE}")
-        if len({(type(value), value) for value in values}) < len(values):
+        if len({(type(value) is bool, value) for value in values}) < len(values):
             raise InputError(f"{path}: grid.{key} = {values!r}: give different values")
         if key in ("seed", "task"):
             raise InputError(f"{path}: grid.{key}: give {key}s = {values!r} above the sections")

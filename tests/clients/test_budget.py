@@ -13,6 +13,7 @@ from clients.worker import Worker
 from common.config import from_flat
 from common.errors import InputError
 from common.keys import ClientKeys
+from common.seeding import generator
 from common.wire import ClientLine, Instruction
 from server.aggregation import Rejected, UpTo, check_count
 from tests.conftest import make_dataset, make_needs, make_reviews
@@ -97,8 +98,8 @@ def test_the_server_takes_less_than_all_only_where_that_was_asked_for():
             check_count(wrong, sizes)
 
 
-def trained(tiny_teacher, tmp_path, **keys):
-    """A client's update and line under some keys."""
+def trained(tiny_teacher, tmp_path, number=1, kind=Worker, **keys):
+    """A client's update and line of a round under some keys."""
     config, data = make_dataset(
         make_reviews(tmp_path / "reviews.csv"), tiny_teacher, tmp_path / "cache", client__precision="fp32",
         student__layers=2, runtime__cache=str(tmp_path / "cache"), **keys,
@@ -111,8 +112,8 @@ def trained(tiny_teacher, tmp_path, **keys):
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source)
-    worker = Worker(config, **needs)
-    asked = Instruction("0" * 16, 1, json.dumps(config.flat()), (0,), (0,), **needs)
+    worker = kind(config, **needs)
+    asked = Instruction("0" * 16, number, json.dumps(config.flat()), (0,), (0,), **needs)
     arrays = {name: weight.numpy().copy() for name, weight in worker.tiers.initial().items()}
     groups, lines = worker.train(arrays, asked, lambda count: None)
     return groups["update"], lines[0], worker
@@ -125,6 +126,34 @@ def test_a_client_out_of_time_sends_what_it_has_and_says_how_much(tiny_teacher, 
     assert line.problem == ""
     assert 0 < line.examples < whole.examples
     assert any(np.asarray(getattr(array, "values", array)).any() for array in update.values())
+
+
+def test_a_round_over_some_examples_is_training_on_these_alone(tiny_teacher, tmp_path):
+    keys = {"data__clients": 1, "client__lr_decay": "constant"}
+    every, whole, worker = trained(tiny_teacher, tmp_path, **keys)
+    rows = worker.data.shard(0).train
+
+    class Chosen(Worker):
+        def _rows_of(self, client):
+            return rows[np.sort(generator(self.config.seed, "examples", 2, 0).choice(len(rows), 8, replace=False))]
+
+    found, line, _ = trained(tiny_teacher, tmp_path, number=2, **keys, client__examples=8)
+    wanted, other, _ = trained(tiny_teacher, tmp_path, number=2, kind=Chosen, **keys)
+    assert line.examples == other.examples == 8 < whole.examples == len(rows)
+    same_update(found, wanted)
+    another, _, _ = trained(tiny_teacher, tmp_path, number=3, **keys, client__examples=8)
+    with pytest.raises(AssertionError):
+        same_update(another, found)
+    larger, line, _ = trained(tiny_teacher, tmp_path, **keys, client__examples=len(rows) + 1)
+    assert line.examples == len(rows)
+    same_update(larger, every)
+
+
+def same_update(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        a, b = (np.asarray(getattr(group[name], "values", group[name])) for group in (one, other))
+        np.testing.assert_array_equal(a, b)
 
 
 def test_under_a_memory_limit_batches_pass_in_parts_and_give_the_same_update(tiny_teacher, tmp_path):

@@ -181,6 +181,7 @@ def test_values_with_slashes_are_names_of_folders(write):
         ("[grid]", r"grid: empty; give \[grid\] with a list"),
         ("[grid]\nrounds = []", "grid.rounds = "),
         ("[grid]\nrounds = [2, 2]", "give different values"),
+        ("[grid]\nclient.lr = [1, 1.0]", "give different values"),
         ("grid = [1, 2]", r"a.toml: grid = \[1, 2\]: give \[grid\] with a list"),
         (f"[grid]\ndata.source = ['{'x' * 300}']", "grid: the name source=x+... of an arm would be longer"),
         ("[grid]\nseed = [2, 3]", r"give seeds = \[2, 3\] above"),
