@@ -27,15 +27,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from common.accounting import Steps
 from common.device import Compute
 from common.distillation import Learning
 from common.objective import Batch, each_loss, parts_of
 from common.recipe import Recipe
-
-PRODUCTS = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ class Call:
         """(examples,) norms of each example's gradient with respect to each weight, from that of the output."""
         from opacus.grad_sample import GradSampleModuleFastGradientClipping as Opacus
 
-        if isinstance(self.module, PRODUCTS):
+        if self._is_product:
             return list(Opacus.NORM_SAMPLERS[nn.Linear](self.module, [self.given], slope).values())
         return [each.flatten(1).norm(dim=1) for each in self._gradients(slope).values()]
 
@@ -172,14 +169,20 @@ class Call:
         """
         weighted = slope * factors.view(-1, *[1] * (slope.dim() - 1))
         call = replace(self, given=self.given[kept])
-        if not isinstance(self.module, PRODUCTS):
+        if not self._is_product:
             yield from ((weight, each.sum(dim=0)) for weight, each in call._gradients(weighted).items())
             return
         rows, columns = call.given.flatten(0, -2), weighted.flatten(0, -2)
-        turned = isinstance(self.module, Conv1D)  # its matrix is (in, out)
+        turned = not isinstance(self.module, nn.Linear)  # GPT-2's: its matrix is (in, out)
         yield self.module.weight, rows.T @ columns if turned else columns.T @ rows
         if self.module.bias is not None:
             yield self.module.bias, columns.sum(dim=0)
+
+    @property
+    def _is_product(self) -> bool:
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.module, nn.Linear | Conv1D)
 
     def _gradients(self, slope: Tensor) -> dict[Tensor, Tensor]:
         """(examples, *shape) of each weight; of modules whose weights are few."""

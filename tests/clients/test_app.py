@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,3 +159,13 @@ def test_when_the_board_was_taken_away_nobody_waits_and_nothing_is_done(prepared
     monkeypatch.setattr(app.Worker, "train", lambda *given: pytest.fail("worked for nobody"))
     assert failure(lambda: app.train(question, WORKER)).startswith("PhaseOver at app.py:")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["clients", "server"])
+def test_an_app_that_is_loaded_leaves_transformers_alone(side):
+    """`flwr run` loads both apps in threads of one process, and two that import transformers at once may fail.
+
+    It puts another module in its own place while it is imported; who waits for that is given the first.
+    """
+    code = f"import sys, {side}.app; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -144,9 +144,9 @@ def listens(host: str, port: int) -> bool:
 def test_what_survives(edge, data, tmp_path):
     """A killed SuperNode, a server that stops and comes back, one that is killed: the client rejoins under its id."""
     folder, control = make(tmp_path / "fed", 1), free_port()
-    server = edge("server", folder.path, "--control-port", control)
     client = edge("client", home(folder, 0), "--data", data)  # before there is a server
     client.wait_for("does not answer")
+    server = edge("server", folder.path, "--control-port", control)
     client.wait_for("joined ")
     with Roster("127.0.0.1", control, folder.ca_file) as roster:
         before = roster.nodes()
