@@ -22,7 +22,7 @@ from common.errors import InputError, RunFailed
 from common.store import cache_folder
 from simulations.worker_pool import WorkerPool
 
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 30.0  # a busy machine needs some to write its report and end Ray
 CONNECT_SECONDS = 5.0
 OFFLINE = {  # Flower and Ray ask the network for versions and report use unless told not to
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -35,7 +35,7 @@ from server.run_folder import RunFolder
 from simulations.runtime import kill_workers, run_on_ray
 from tests.integration.conftest import read_lines, read_summary
 
-LONGEST = 300  # seconds of a run
+LONGEST = 900  # seconds of a run
 PRIVATE = "patient Smith has a cough"
 
 

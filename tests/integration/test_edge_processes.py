@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -196,7 +197,10 @@ def sockets_of(command: Command) -> set[tuple[str, int]]:
     """Where a command and all it has started listen, in whatever network namespace they are."""
     found: set[tuple[str, int]] = set()
     for pid in [command.process.pid, *(process.pid for process in command.family())]:
-        ours = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        ours = set()
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                ours.add(str(entry.readlink()))
         for table in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()

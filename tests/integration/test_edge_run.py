@@ -211,10 +211,10 @@ def test_a_run_without_a_server_or_enough_clients_says_so(edge, federation, keys
 
 
 def test_one_that_is_struck_off_in_a_run_is_lost_alone_and_limits_are_its_owners(federation, keys, texts, tmp_path):
-    keys = [*keys, "-s", "client.token-budget=64", "-s", "server.max-lost-fraction=0.6", "-s", "rounds=4"]
+    keys = [*keys, "-s", "client.token-budget=64", "-s", "server.max-lost-fraction=0.6", "-s", "rounds=8"]
     federation.start_clients("--max-seconds", "0.001")
     run = federation.run(tmp_path / "run", *keys)
-    run.wait_for("round 1/4")
+    run.wait_for("round 1/8")
     revoke(federation.folder, "2")
     federation.server.wait_for("client 2 revoked")
     assert run.exit_code() == 0, run.text()

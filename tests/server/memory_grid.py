@@ -23,7 +23,7 @@ SHAPES = {"w": (1,)}
 ARRAYS = {"w": np.array([0.5], dtype=np.float32)}
 CLIENTS = tuple(range(12))
 RUN = "0123456789abcdef"
-TIMEOUT = 0.4
+TIMEOUT = 1.0
 
 
 def inside_an_app(monkeypatch):

@@ -261,8 +261,8 @@ def test_whoever_hands_over_replies_a_question_is_answered_once(tmp_path):
 @pytest.mark.parametrize("sloppy", [False, True])
 def test_a_late_answer_is_not_counted_when_another_node_has_answered(tmp_path, sloppy):
     """Node 1 answers after the time is up, while node 2, slow too, works on the second chance."""
-    slow = {2: lambda node, clients: Later(0.15, answer(clients))}
-    run = Run(tmp_path, {1: lambda node, clients: Later(TIMEOUT + 0.05, answer(clients)), **slow}, sloppy=sloppy)
+    slow = {2: lambda node, clients: Later(0.6 * TIMEOUT, answer(clients))}
+    run = Run(tmp_path, {1: lambda node, clients: Later(1.3 * TIMEOUT, answer(clients)), **slow}, sloppy=sloppy)
     books, _ = run.phase()
     assert books.accepted == books.recovered | set(run.lists(2)[0]) == set(CLIENTS)
     assert books.recovered == set(run.lists(1)[0])
@@ -270,10 +270,10 @@ def test_a_late_answer_is_not_counted_when_another_node_has_answered(tmp_path, s
 
 def test_replies_nobody_waits_for_are_fetched_and_thrown_away(tmp_path):
     """Flower keeps them for ever otherwise."""
-    run = Run(tmp_path, {1: lambda node, clients: Later(TIMEOUT + 0.05, answer(clients)), 2: well})
+    run = Run(tmp_path, {1: lambda node, clients: Later(1.3 * TIMEOUT, answer(clients)), 2: well})
     run.phase()
     late = run.grid.messages[0].metadata.message_id
-    time.sleep(0.1)
+    time.sleep(0.5 * TIMEOUT)
     run.grid.nodes = {1: well, 2: well}
     books, _ = run.phase()
     assert books.accepted == set(CLIENTS)
