@@ -86,6 +86,8 @@ def _check_server(config: Keys) -> None:
         raise ValueError(
             f"server.average-rounds = {keys.average_rounds}: there are rounds = {config.rounds}; give at most that"
         )
+    if keys.warmup_rounds >= config.rounds:
+        raise ValueError(f"server.warmup-rounds = {keys.warmup_rounds}: rounds = {config.rounds}; give fewer than that")
 
 
 def _what_tiers_allow(config: Keys) -> None:
@@ -200,6 +202,8 @@ def _votes_are_no_updates(config: Keys) -> None:
         f"server.norm-bound = {keys.norm_bound}": (keys.norm_bound > 0, "0"),
         f"server.packing = {keys.packing!r}": (keys.packing != "on", "auto"),
         f"server.lr = {keys.lr}": (keys.lr != 1.0, "0"),
+        f"server.warmup-rounds = {keys.warmup_rounds}": (keys.warmup_rounds > 0, "0"),
+        f"server.lr-decay = {keys.lr_decay!r}": (keys.lr_decay != "constant", "constant"),
     }
     for told, (found, right) in wrong.items():
         if found:

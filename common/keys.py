@@ -271,6 +271,12 @@ class ServerKeys(Section):
         le=10.0,
         description="step along the mean update; 0: 1, but 0.01 for `fedadam`, `fedyogi` and `fedadagrad`",
     )
+    warmup_rounds: int = Field(
+        0,
+        ge=0,
+        description="it rises evenly over so many first rounds, while the second moment of `fedadam` is young",
+    )
+    lr_decay: Literal["constant", "linear"] = Field("constant", description="over the rounds after; linear: to a tenth")
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="of `fedavgm`; beta 1 of `fedadam` and `fedyogi`")
     second_momentum: float = Field(0.99, ge=0.0, lt=1.0, description="beta 2 of `fedadam` and `fedyogi`")
     tau: float = Field(

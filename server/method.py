@@ -15,7 +15,7 @@ from server.client_privacy import ClientPrivacy
 from server.clipped import clipped_intake
 from server.intake import Intake, intake_for
 from server.preparation import Federation
-from server.rules import SERVER_RULES, MeanUpdate, fedavg
+from server.rules import SERVER_RULES, MeanUpdate, fedavg, learning_rate
 from server.tiered import TieredSum
 
 Weights = dict[str, NDArray[np.float32]]
@@ -60,5 +60,7 @@ class Averaging:
     def step(self, number: int, weights: Weights, update: MeanUpdate, intake: Intake, memory: Memory) -> Weights:
         """The next weights; ``update`` is what the intake has made of the replies."""
         # a robust rule has chosen the update; its step is plain
-        rule = SERVER_RULES.get(self.config.server.strategy, fedavg)
-        return rule(weights, update, memory, self.config.server)
+        keys = self.config.server
+        rule = SERVER_RULES.get(keys.strategy, fedavg)
+        now = keys.model_copy(update={"lr": learning_rate(keys, number, self.config.rounds)})
+        return rule(weights, update, memory, now)

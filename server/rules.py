@@ -1,6 +1,6 @@
 """Server rules: from a round's weights and its mean update to the next round's weights.
 
-With w the weights, d = sum_c n_c (w_c - w) / sum_c n_c the mean update, eta = server.lr, beta 1 =
+With w the weights, d = sum_c n_c (w_c - w) / sum_c n_c the mean update, eta = `learning_rate`, beta 1 =
 server.momentum, beta 2 = server.second-momentum and tau = server.tau:
 
     fedavg, fedprox   w <- w + eta d                             McMahan et al. 2017, https://arxiv.org/abs/1602.05629
@@ -38,6 +38,15 @@ _SecondMoment = Callable[[NDArray[np.float64], NDArray[np.float64], ServerKeys],
 # `state` is the server optimiser's memory, float64 arrays named first/NAME and second/NAME: empty before round 1,
 # brought up to date in place, to be handed to the next round. Its arrays are replaced, never written into, so
 # that they may come read-only from a file.
+
+
+def learning_rate(keys: ServerKeys, number: int, rounds: int) -> float:
+    """eta of a round, counted from 1: it rises in even steps over the warm-up, and may fall from there."""
+    first = keys.warmup_rounds + 1
+    if number < first:
+        return keys.lr * number / first
+    passed = (number - first) / (rounds - first) if rounds > first else 0.0
+    return keys.lr * (1.0 - 0.9 * passed if keys.lr_decay == "linear" else 1.0)
 
 
 def fedavg(

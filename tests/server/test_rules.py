@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from safetensors.numpy import load_file, save_file
 
-from common.config import from_flat
-from server.rules import SERVER_RULES
+from common.config import from_flat, load_config
+from common.errors import InputError
+from common.progress import Silent
+from server.method import Averaging
+from server.rules import SERVER_RULES, learning_rate
 
 SHAPES = {"layer.weight": (3, 4), "layer.bias": (4,), "scale": ()}
 ROUNDS = 6
@@ -265,3 +269,32 @@ def test_weights_are_rounded_once():
     # 1 + 2^-24 is half way between two float32: a step rounded on its own would be lost
     start, step = {"w": np.float32([1.0])}, {"w": np.array([2.0**-24 + 2.0**-40])}
     assert SERVER_RULES["fedavg"](start, step, {}, keys("fedavg"))["w"][0] == np.float32(1.0) + np.float32(2.0**-23)
+
+
+# --- the rate ---------------------------------------------------------------------------------------
+
+
+def rates(rounds, **given):
+    return [learning_rate(keys("fedadam", lr=0.8, **given), number, rounds) for number in range(1, rounds + 1)]
+
+
+def test_a_rate_rises_in_even_steps_and_falls_to_a_tenth():
+    assert rates(4) == [0.8] * 4
+    assert rates(6, warmup_rounds=3) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    assert rates(5, lr_decay="linear") == pytest.approx([0.8, 0.62, 0.44, 0.26, 0.08])
+    assert rates(6, warmup_rounds=3, lr_decay="linear") == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.44, 0.08])
+    assert rates(4, warmup_rounds=3, lr_decay="linear") == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_warm_up_ends_before_the_run_does():
+    with pytest.raises(InputError, match=r"server\.warmup-rounds = 4: rounds = 4; give fewer than that"):
+        load_config(None, ["rounds=4", "server.warmup-rounds=4"])
+
+
+def test_a_round_takes_its_step_at_its_rate():
+    settings = ["server.strategy=fedavg", "server.lr=1", "server.warmup-rounds=1", "server.lr-decay=linear"]
+    federation: Any = SimpleNamespace(config=load_config(None, ["rounds=3", *settings]))
+    method = Averaging(federation, Silent(), lambda: None, lambda line: None)
+    intake: Any = None  # a plain rule looks at the update alone
+    moved = [method.step(number, {"w": np.zeros(1, np.float32)}, {"w": np.ones(1)}, intake, {}) for number in (1, 2, 3)]
+    assert [float(weights["w"][0]) for weights in moved] == pytest.approx([0.5, 1.0, 0.1])
