@@ -70,6 +70,8 @@ def test_learning_from_a_ds_fl_consensus_has_the_gradient_of_cross_entropy_with_
         ({"server.packing": "off"}, "server.packing = 'off': with server.strategy = "),
         ({"server.norm-bound": 1.0}, "server.norm-bound = 1.0: with server.strategy = "),
         ({"server.lr": 0.5}, "server.lr = 0.5: with server.strategy = "),
+        ({"server.warmup-rounds": 1, "rounds": 2}, "server.warmup-rounds = 1: with server.strategy = "),
+        ({"server.lr-decay": "linear"}, "server.lr-decay = 'linear': with server.strategy = "),
         ({"data.public-fraction": 0.0}, "data.public-fraction = 0.0: server.strategy = "),
     ],
 )
