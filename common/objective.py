@@ -214,8 +214,8 @@ def parts_of(
     own = batch.inputs
     if vocabulary is not None:
         own = {**own, "input_ids": torch.searchsorted(vocabulary, own["input_ids"])}
-    related = recipe.weights["relation"] > 0
-    with compute.autocast(), _watched(model, [s for s, _ in recipe.relation_pairs] * related) as ours:
+    related = recipe.relation_pairs if recipe.weights["relation"] > 0 else ()
+    with compute.autocast(), _watched(model, {s for s, _ in related}) as ours:
         output = model(**own, output_hidden_states=recipe.deep)
     logits = losses.pooled(output.logits, batch.pooling)
     zero = logits.new_zeros(())
@@ -233,7 +233,7 @@ def parts_of(
     with (
         torch.no_grad(),
         compute.autocast(),
-        _watched(teacher, [t for _, t in recipe.relation_pairs] * related) as theirs,
+        _watched(teacher, {t for _, t in related}) as theirs,
     ):
         target = teacher(**batch.taught, output_hidden_states=True).hidden_states
     mask = own["attention_mask"] if batch.places is None else batch.places[2]
@@ -248,7 +248,11 @@ def parts_of(
         parts["cls"] = torch.stack([losses.patient(a[:, 0], b[:, 0]) for a, b in pairs]).mean()
     if related:
         relation = partial(losses.relations, mask=mask, heads=recipe.relation_heads)
-        found = [relation(*compared(a.float(), b.float(), batch)) for a, b in zip(ours, theirs, strict=True)]
+        found = [
+            relation(*compared(a.float(), b.float(), batch))
+            for s, t in related
+            for a, b in zip(ours[s], theirs[t], strict=True)
+        ]
         parts["relation"] = torch.stack(found).mean()
     return parts
 
@@ -300,16 +304,19 @@ def compared(own: Tensor, taught: Tensor, batch: Batch) -> tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _watched(model: Any, layers: list[int]) -> Iterator[list[Tensor]]:
+def _watched(model: Any, layers: set[int]) -> Iterator[dict[int, list[Tensor]]]:
     """Collects queries, keys and values, each (batch, length, width of all heads), of these layers as they pass."""
-    found: list[Tensor] = []
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     paths = family_of(model).heads if layers else ()
 
-    def note(module: Any, given: Any, output: Tensor) -> None:
-        found.extend(output.chunk(3 // len(paths), dim=-1))
+    def note(layer: int, module: Any, given: Any, output: Tensor) -> None:
+        found[layer].extend(output.chunk(3 // len(paths), dim=-1))
 
-    products = [layers_of(model)[layer].get_submodule(path) for layer in layers for path in paths]
-    hooks = [product.register_forward_hook(note) for product in products]
+    hooks = [
+        layers_of(model)[layer].get_submodule(path).register_forward_hook(partial(note, layer))
+        for layer in layers
+        for path in paths
+    ]
     try:
         yield found
     finally:

@@ -309,6 +309,25 @@ def test_relations_of_fewer_and_thinner_heads_are_compared(sharp_teacher):
         assert told["relation"] > 0.01
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ((0, 1), (0, 3)),  # a layer of the student twice
+        ((0, 0), (1, 0)),  # of the teacher
+        ((0, 3), (1, 1)),  # crossed
+    ],
+)
+def test_relations_of_several_pairs_are_the_mean_of_each_alone(sharp_teacher, pairs):
+    scene = Scene(sharp_teacher)
+    scene.take(cut_student(scene.teacher, Shape.whole(scene.teacher.config, (0, 3))))
+
+    def found(*pairs):
+        recipe = replace(weighing(relation=1.0), relation_pairs=pairs, relation_heads=2, epochs=1, lr=1e-9)
+        return scene.learn(recipe)[1]["relation"]
+
+    assert found(*pairs) == pytest.approx(sum(map(found, pairs)) / 2, rel=1e-4)
+
+
 # --- FedProx ------------------------------------------------------------------------------------
 
 
