@@ -30,8 +30,8 @@ def choose_pieces(tokenizer: Any, counts: NDArray[np.int64], keep: int) -> list[
     Raises:
         InputError: the tokenizer's kind cannot be trimmed, or ``keep`` is fewer than must be kept.
     """
-    model = _document(tokenizer)["model"]
-    vocabulary: dict[str, int] = model["vocab"]
+    document = _document(tokenizer)
+    model, vocabulary = document["model"], _numbers(document)
     needs = _parts(model)
     kept, unused = set(_indispensable(tokenizer, model)), _unused(vocabulary)
     if not len(kept) <= keep <= len(vocabulary):
@@ -56,7 +56,7 @@ def save_trimmed(tokenizer_folder: Path, pieces: Sequence[int], folder: Path) ->
     """Write the tokenizer that knows these pieces alone, numbered in their order."""
     tokenizer = load_tokenizer(tokenizer_folder)
     document = _document(tokenizer)
-    names = {number: name for name, number in document["model"]["vocab"].items()}
+    names = {number: name for name, number in _numbers(document).items()}
     number = {names[old]: new for new, old in enumerate(pieces)}
     tokenizer.save_pretrained(folder)  # the files that say how it is used
     for stale in ("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"):
@@ -85,6 +85,11 @@ def _document(tokenizer: Any) -> dict[str, Any]:
             f"student.vocabulary: a {found['model']['type']} tokenizer cannot be trimmed, only {' or '.join(MODELS)}"
         )
     return found
+
+
+def _numbers(document: Mapping[str, Any]) -> dict[str, int]:
+    """Of every piece, those that were added to the model's own vocabulary among them."""
+    return {**document["model"]["vocab"], **{entry["content"]: entry["id"] for entry in document["added_tokens"]}}
 
 
 def _indispensable(tokenizer: Any, model: Mapping[str, Any]) -> list[int]:

@@ -78,6 +78,23 @@ def test_the_most_frequent_pieces_are_kept_first_and_among_equals_the_lower_numb
         assert set(choose_pieces(tokenizer, counts, fewest + more)) - base == set(added)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_special_pieces_that_were_added_to_a_models_vocabulary_are_kept_too(tmp_path, family):
+    for folder in ("plain", "whole", "trimmed"):
+        (tmp_path / folder).mkdir()
+    make_tokenizer(tmp_path / "plain", family)
+    whole = load_tokenizer(tmp_path / "plain")
+    plain = len(whole)
+    whole.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+    whole.save_pretrained(tmp_path / "whole")
+    pieces, trimmed = trim(tmp_path / "whole", whole, fewest_pieces(whole) + 9, TEXTS, tmp_path / "trimmed")
+    assert plain in pieces
+    assert [names(trimmed)[new] for new in range(len(pieces))] == [names(whole)[old] for old in pieces]
+    assert len(trimmed) == len(pieces)
+    assert trimmed.tokenize("x<mark>x") == whole.tokenize("x<mark>x")
+    assert choose_pieces(whole, counts_of(whole, TEXTS), len(whole)) == list(range(plain + 1))
+
+
 def test_places_that_berts_vocabularies_leave_free_are_never_kept(tmp_path):
     make_tokenizer(tmp_path)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
