@@ -34,8 +34,28 @@ def test_the_sum_so_far_is_in_the_memory_that_checkpoints_keep():
     config = load_config(None, ["rounds=3", "server.average-rounds=3"])
     memory = {"first/a": np.zeros(1)}
     mean_of_last(config, 1, {"a": np.array([0.1], dtype=np.float32)}, memory)
-    assert set(memory) == {"first/a", "sum-of-last/a"}
+    assert set(memory) == {"first/a", "sum-of-last/a", "summed-since"}
     assert memory["sum-of-last/a"].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("span", "before", "stopped", "after", "expected"),
+    [
+        (2, 5, 4, 10, (9 + 10) / 2),  # the last two of five and of ten have none in common
+        (3, 5, 4, 6, (5 + 6) / 2),  # 3 and 4 were added up; 4 alone is wanted, and is gone
+        (3, 5, 2, 6, (4 + 5 + 6) / 3),  # none was added up yet
+        (2, 3, 3, 4, 4.0),  # it had ended: round 3 is in no sum any more
+    ],
+)
+def test_a_run_that_goes_on_with_more_rounds_averages_none_of_before(span, before, stopped, after, expected):
+    memory = {}
+    for number in range(1, after + 1):
+        rounds = before if number <= stopped else after
+        config = load_config(None, [f"rounds={rounds}", f"server.average-rounds={span}"])
+        end = mean_of_last(config, number, {"a": np.float32(number), "b": np.full((2, 1), number, np.float32)}, memory)
+    assert float(end["a"]) == expected
+    assert end["b"].tolist() == [[expected]] * 2
+    assert memory == {}
 
 
 def test_the_mean_is_rounded_once():
