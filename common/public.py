@@ -43,4 +43,5 @@ def public_recipe(recipe: Recipe, keys: ServerKeys, temperature: float) -> Recip
         weights={part: recipe.weights[part] if part in INSIDE else float(part == "soft") for part in PARTS},
         adaptive=False,
         proximal=0.0,
+        sgd=False,
     )

@@ -74,9 +74,10 @@ def put(model, weights):
             parameters[name].copy_(torch.from_numpy(array))
 
 
-def test_a_step_is_that_of_a_bare_loop_on_the_mean_of_two_clients_logits(make_federation):
+@pytest.mark.parametrize("at_clients", ["adamw", "sgd"])
+def test_a_step_is_that_of_a_bare_loop_on_the_mean_of_two_clients_logits(make_federation, at_clients):
     """One batch, one epoch: one AdamW step from the weighted average along the ensemble's soft targets."""
-    federation, told = make_federation(), []
+    federation, told = make_federation(**{"client.optimizer": at_clients}), []
     weights, sizes = federation.weights(), {0: 30, 2: 10}
     updates = updates_of(weights, sizes)
     found = fused(federation, weights, updates, sizes, order=[2, 0], told=told)
