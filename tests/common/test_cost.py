@@ -143,6 +143,12 @@ def test_a_round_by_hand():
     assert cost.latency_ms == pytest.approx(32 / device.single_tokens_per_s * 1e3 + 3 * 10)
 
 
+def test_a_round_over_a_part_of_the_shard_costs_that_part():
+    few, part = cost_of({"examples": 86})[0], cost_of({"examples": 10_000}, client__examples=86)[0]
+    assert part == few
+    assert cost_of({"examples": 86}, client__examples=1000)[0] == few
+
+
 def test_the_wire_decides_what_travels_up():
     plain = cost_of({}, server__packing="off")[0].up_mb
     assert cost_of({})[0].up_mb == pytest.approx(2 * plain)  # exact sums are int64
