@@ -139,9 +139,18 @@ class Laboratory:
         sizes = {client: self.config.client.most_of(len(self.worker._rows_of(client))) for client in cohort}
         intake = keeping(self.method.intake(number, weights, sizes))
         if cohort:
-            groups, lines = self.answer(number, weights, cohort)
-            intake.take(pack_reply(groups, lines), frozenset(cohort))
+            self.take(intake, *self.answer(number, weights, cohort))
         return intake
+
+    def take(self, intake: Intake, groups: Any, lines: list[ClientLine]) -> None:
+        """Hand a worker's answer over.
+
+        Raises:
+            RuntimeError: the server would not have it; what is measured then is another federation.
+        """
+        _, refused = intake.take(pack_reply(groups, lines), frozenset(line.client for line in lines))
+        if refused:
+            raise RuntimeError(f"the server refused a client's update: {next(iter(refused.values()))}")
 
     def answer(self, number: int, weights: Weights, cohort: Sequence[int]) -> tuple[Any, list[ClientLine]]:
         """What the worker sends for these clients; round 1 begins a life in which nothing has been spent yet."""

@@ -99,7 +99,10 @@ def embedding(piece: int, target: int, *, steps: int, lr: float, boost: float) -
         found = trigger_row(worker, tier, received, lies, piece=piece, target=target, steps=steps, lr=lr)
         change = boost * (found - received[words][piece]).cpu().numpy()[None]
         arrays: dict[str, Any] = {name: np.zeros(array.shape, np.float32) for name, array in received.items()}
-        return ClientUpdate(arrays | {words: Rows(np.array([piece]), change.astype(np.float32))}, len(rows))
+        return ClientUpdate(
+            arrays | {words: Rows(np.array([piece]), change.astype(np.float32))},
+            worker.config.client.most_of(len(rows)),
+        )
 
     return forge
 

@@ -134,7 +134,9 @@ class Scene:
 
     def weight(self, clients: Sequence[int]) -> float:
         """Their share of the examples."""
-        return sum(len(self.rows[client]) for client in clients) / sum(map(len, self.rows.values()))
+        most = self.lab.config.client.most_of
+        sizes = {client: most(len(rows)) for client, rows in self.rows.items()}
+        return sum(sizes[client] for client in clients) / sum(sizes.values())
 
     def plot(self, kind: str, hostile: Sequence[int]) -> Plot:
         keys = self.keys

@@ -57,6 +57,14 @@ def test_canary_clients_are_found_and_stay_below_their_epsilon_under_noise(lab):
     assert noised["normal scores"]["estimate"] == pytest.approx(claimed, rel=0.35)
 
 
+def test_clients_that_train_on_a_part_of_their_shard_are_among_the_canaries(lab):
+    parts = lab(**{"client.examples": 8})
+    seen, take = [], parts.take
+    parts.take = lambda intake, groups, lines: (take(intake, groups, lines), seen.append(set(intake.kept)))
+    assert bounds(ClientCanaries(canaries=30), parts)["any scores"]["guesses"] > 0
+    assert seen == [set(range(6))] * 3
+
+
 def test_the_mechanism_of_a_run_is_audited_at_its_own_noise(lab):
     client = bounds(MechanismCanaries(), lab(**CLIENT))
     assert client["any scores"]["steps"] == 3 and client["normal scores"]["rate"] == 1.0

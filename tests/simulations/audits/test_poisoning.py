@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import from_flat
+from common.config import changed, from_flat
 from common.errors import InputError
 from common.progress import Silent
 from simulations.audits.planted import joined, plant
@@ -96,6 +96,16 @@ def test_the_embedding_attack_moves_one_row_and_keeps_its_length(lab, scene):
     assert np.flatnonzero(update[words].any(axis=1)).tolist() == [scene.piece]
     before = lab.start[words][scene.piece]
     assert np.linalg.norm(before + update[words][scene.piece]) == pytest.approx(np.linalg.norm(before), rel=1e-5)
+
+
+def test_an_attacker_counts_as_many_examples_as_it_may(lab):
+    parts = Laboratory(changed(lab.config, {"client.examples": 8}), Silent(), worker=Poisoner)
+    scene = Scene(Poisoning(examples=0, trigger="x"), parts)
+    hostile = scene.hostile(0.1)
+    assert scene.weight(hostile) == pytest.approx(1 / 6)
+    scene._obey("fedavg", 1)
+    parts.worker.plot = plot = scene.plot("embedding", hostile)
+    assert set(parts.round(1, parts.start, {**scene.rows, **plot.rows}).kept) == set(scene.rows)
 
 
 def test_replacement_gets_through_the_mean_and_not_through_krum(lab):
