@@ -129,6 +129,7 @@ def _general_rounds_come_first(config: Keys) -> None:
         f"student.general-epochs = {student.general_epochs}": student.general_epochs > 0,
         "student.train-embeddings = true": student.train_embeddings,
         f"client.micro-budget = {AUTO_BUDGET}": config.client.micro_budget == AUTO_BUDGET,
+        f"client.memory-limit = {config.client.memory_limit}": config.client.memory_limit > 0,
     }
     _refuse(told, against)
 

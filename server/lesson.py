@@ -51,6 +51,11 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
             f"student.general-epochs = {config.student.general_epochs}: no public text; give data.public-text, or a "
             "larger data.public-fraction"
         )
+    if config.student.warm_epochs and not len(data.public):
+        raise InputError(
+            f"student.warm-epochs = {config.student.warm_epochs}: no example is public; give a larger "
+            "data.public-fraction, or 0"
+        )
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)

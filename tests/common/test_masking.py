@@ -274,6 +274,7 @@ def test_a_teacher_without_a_masked_lm_head_is_named(family, problem, tmp_path):
         ({"student.warm-epochs": 1}, "student.warm-epochs = 1"),
         ({"student.train-embeddings": True}, "student.train-embeddings"),
         ({"client.micro-budget": -1}, "client.micro-budget = -1"),
+        ({"client.memory-limit": 4000}, "client.memory-limit = 4000"),
         ({f"distill.general-{part}-weight": 0.0 for part in ("soft", "mlm", "cosine")}, "nothing to learn from"),
     ],
 )

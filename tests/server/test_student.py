@@ -236,6 +236,12 @@ def test_general_distillation_needs_no_public_split_but_public_text(school):
         prepare_lesson(config, find_teacher(config.teacher.model), Silent())
 
 
+def test_a_warm_start_needs_a_public_split(school):
+    config = school.config(student__warm_epochs=3, data__public_fraction=0.0)
+    with pytest.raises(InputError, match=r"student\.warm-epochs = 3: no example is public; give a larger data\.public"):
+        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+
+
 def test_public_text_has_a_say_in_the_vocabulary(school):
     tokenizer = load_tokenizer(school.lesson.teacher.folder)
     fewest = fewest_pieces(tokenizer)
