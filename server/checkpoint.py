@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from common.errors import InputError
 from common.hashing import hash_file
 from common.store import sync_folder
 
@@ -87,7 +88,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_latest(folder: Path, shapes: Mapping[str, tuple[int, ...]], warn: Callable[[str], None]) -> Checkpoint | None:
-    """The last whole checkpoint, or None when there is none; ``warn`` hears of each damaged one."""
+    """The last whole checkpoint, or None when there is none; ``warn`` hears of each damaged one.
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
     for path in reversed(checkpoints(folder)):
         try:
             return load_checkpoint(path, shapes)
@@ -101,6 +106,7 @@ def load_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Checkp
 
     Raises:
         Damaged: a file is not there or not what was written.
+        InputError: it is whole, and of a student of another shape.
     """
     try:
         lines = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]
@@ -116,7 +122,10 @@ def load_checkpoint(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Checkp
     except ValueError:
         raise Damaged(f"{SUMS} is not readable") from None
     if {name: array.shape for name, array in weights.items()} != dict(shapes):
-        raise Damaged("student.safetensors holds another student")
+        raise InputError(
+            f"{path}: whole, and of a student of another shape: the data, the teacher or student.model of this run "
+            "changed since it began; put it back, or start a new run"
+        )
     return Checkpoint(int(state["round"]), weights, optimizer, state)
 
 

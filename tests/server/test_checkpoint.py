@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import InputError
 from server.checkpoint import (
     Checkpoint,
     Damaged,
@@ -209,12 +210,12 @@ def test_two_files_that_have_changed_places_are_noticed(two):
             (path / name).write_bytes(whole[name])
 
 
-def test_a_checkpoint_of_another_student_is_not_used(tmp_path):
+def test_a_whole_checkpoint_of_another_student_is_refused_and_not_called_damaged(tmp_path):
+    """A run that took it for damaged would begin anew, and forget all its rounds."""
     save_checkpoint(tmp_path, make(1), keep=2)
-    heard = []
     for shapes in ({**SHAPES, "scale": (1,)}, {**SHAPES, "more": ()}, {"scale": ()}):
-        assert load_latest(tmp_path, shapes, heard.append) is None
-    assert all("student.safetensors holds another student" in text for text in heard)
+        with pytest.raises(InputError, match=r"round-00001: whole, and of a student of another shape"):
+            load_latest(tmp_path, shapes, pytest.fail)
 
 
 def test_when_all_are_damaged_each_is_named_and_none_is_used(two):
