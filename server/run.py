@@ -63,7 +63,10 @@ def run_federation(
 
 @contextmanager
 def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
-    """However a run ends before its first round, its folder says so; after wrong input it is as it was."""
+    """However a run ends before its first round, its folder says so; after wrong input it is as it was.
+
+    So is that of a run that was to go on: its earlier end says more than that it was taken up.
+    """
     try:
         yield
     except InputError:
@@ -73,7 +76,10 @@ def told_in(folder: RunFolder, config: Config) -> Iterator[None]:
         if not (folder.path / "summary.json").exists():
             stopped = isinstance(error, KeyboardInterrupt | Interrupted)
             with suppress(OSError):
-                folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
+                if folder.begun:
+                    folder.release()
+                else:
+                    folder.save_summary(unprepared_summary(config, "interrupted" if stopped else "failed"))
             leave_report(folder.path, folder.trackers.tell)
         raise
     finally:

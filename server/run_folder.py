@@ -60,16 +60,25 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{path}: cannot be made or written: {error.strerror}") from None
         self.path = path.resolve()
-        for told in (self.path / name for name in ENDS if self.resumed):  # they would speak of a run that goes on
-            if told.is_file():
-                self._before[told.name] = told.read_bytes()
-                told.unlink()
+        if self.resumed:
+            self._forget_ends()
 
     def take_up(self) -> None:
         """Go on with the run in this process, from its last checkpoint."""
         self.resumed = True
-        for name in ENDS:
-            (self.path / name).unlink(missing_ok=True)
+        self._forget_ends()
+
+    def _forget_ends(self) -> None:
+        """They would speak of a run that goes on."""
+        for told in (self.path / name for name in ENDS):
+            if told.is_file():
+                self._before[told.name] = told.read_bytes()
+                told.unlink()
+
+    @property
+    def begun(self) -> bool:
+        """Whether it holds rounds, or an end, of before this process took it up."""
+        return self.resumed and ("summary.json" in self._before or any(self.checkpoints.glob("round-*")))
 
     @property
     def checkpoints(self) -> Path:
@@ -81,7 +90,7 @@ class RunFolder:
         return time.monotonic() - self.began
 
     def release(self) -> None:
-        """Undo the claim of a run that never started, because its input was wrong."""
+        """Undo the claim of a run that never started, or never went on: its folder is what it was."""
         if self.resumed:
             for name, data in self._before.items():
                 write_atomically(self.path / name, data)

@@ -201,6 +201,21 @@ def test_a_run_that_cannot_be_continued_leaves_its_folder_as_it_was(tmp_path):
     assert RunFolder(tmp_path / "run", Config(), resume=True).resumed
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_that_is_stopped_while_it_is_taken_up_again_is_what_it_was(tmp_path, ended):
+    folder = begun(tmp_path / "run")
+    if ended:
+        folder.save_summary({"status": "completed", "rounds": 5})
+    save_checkpoint(folder.checkpoints, Checkpoint(5, {"w": np.zeros(2, np.float32)}, {}, {}), keep=2)
+    before = content(folder.path)
+    again = RunFolder(tmp_path / "run", from_flat({"rounds": 9}), resume=True)
+    with pytest.raises(KeyboardInterrupt), told_in(again, Config()):
+        raise KeyboardInterrupt
+    after = content(folder.path)
+    assert after.pop("report.html", b"")
+    assert after == before
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RunFailed("x"), "failed"), (ValueError("x"), "failed"), (Interrupted(), "interrupted"),
