@@ -48,7 +48,8 @@ def _all_glue(config: Config) -> list[str]:
         )
     texts: list[str] = []
     for task in sorted(name for name in GLUE if (folder / name).is_dir()):
-        data = config.data.model_copy(update={"partition": "iid"})  # `natural` would ask for this task's own column
+        # `natural` would ask for this task's own column, and the clients' files are of this task alone
+        data = config.data.model_copy(update={"partition": "iid", "private": ""})
         table = load_corpus(config.model_copy(update={"task": task, "data": data})).train
         public, _ = cut_groups(text_groups(table), config.data.public_fraction, generator(config.seed, "public"))
         part = table.take(np.asarray(public))

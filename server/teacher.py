@@ -146,7 +146,8 @@ def check_labels(source: TeacherSource, task: Task, key: str = "teacher.model") 
             f"data.multi-label = {str(task.multi_label).lower()}: the problem_type in config.json of {key} is "
             f"{'' if source.multi_label else 'not '}{MULTI_LABEL}; give a model of the same kind, or a bare encoder"
         )
-    if source.head and sorted(source.labels) == sorted(task.labels) and source.labels != task.labels:
+    names = tuple(name.lower() for name in task.labels)  # as the model's are here
+    if source.head and sorted(source.labels) == sorted(names) and source.labels != names:
         raise InputError(
             f"{key}: its labels are in the order {', '.join(source.labels)}; task = {task.name} has "
             f"{', '.join(task.labels)}; reorder the rows of its head and id2label"

@@ -61,6 +61,7 @@ def find_trial(config: Config, tokenizer_folder: Path, student: Any, tokenizer: 
     cache = cache_folder(config.runtime.cache)
     try:
         data = prepare_dataset(config, tokenizer_folder, cache, progress)
+        _check_classes(data.task, student)
     except InputError as error:
         progress.line(f"no validation text is at hand: {error}")
         task, columns, labels = _task(config, student), None, None
@@ -86,6 +87,14 @@ def _validation(data: FederatedDataset) -> tuple[tuple[list[str], ...] | None, N
         rows = np.flatnonzero(labelled(np.asarray(split.labels)))
         return (tuple(each.take(rows) for each in split.texts), split.labels[rows]) if len(rows) else (None, None)
     return None, None
+
+
+def _check_classes(task: Task, student: Any) -> None:
+    """Raise `InputError` when a file was written over since, and its classes are others than those learnt."""
+    learnt = [str(student.config.id2label[number]).lower() for number in range(student.config.num_labels)]
+    unnamed = all(name == f"label_{number}" for number, name in enumerate(learnt))
+    if len(learnt) != task.num_labels or (not unnamed and learnt != [name.lower() for name in task.labels]):
+        raise InputError("data.source has other classes by now than those that the student learnt")
 
 
 def _task(config: Config, student: Any) -> Task:

@@ -128,17 +128,17 @@ def _so_far(keys: Mapping[str, Scalar], lines: Sequence[Line], costs: Sequence[L
         "rounds": max((line["round"] for line in train), default=0),
         "clients": int(keys.get("data.clients", 0)),
     }
-    if not (scored or valid):
-        return found
     last = scored[-1] if scored else {"student": {}, "teacher": {}}
     validation = valid[-1]["student"] if valid else {}
+    if not (metrics := [*last["student"], *validation]):
+        return found
     examples = sum(line.get("examples", 0) for line in train) * int(keys.get("client.epochs", 1))
     seconds = sum(line["seconds"] for line in costs if line["phase"] == "train")
     total = {name: sum(line[name] for line in costs) for name in ("bytes_up", "bytes_down", "seconds")}
     rate = examples / seconds if seconds else 0.0
     faults = {name: sum(len(line.get(name, ())) for line in lines) for name in FAULTS}
     return found | {
-        "metric": next(iter(last["student"] or validation)),
+        "metric": metrics[0],
         "teacher": {"federated": last["teacher"], "validation": {}},
         "student": {"federated": last["student"], "validation": validation},
         "retention": {"federated": last.get("retention"), "validation": None},

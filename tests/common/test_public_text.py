@@ -63,6 +63,10 @@ def test_of_every_glue_task_what_would_be_public_if_it_were_the_runs(tmp_path):
     assert len(found) == len(set(expected)) >= 20
     assert set(found) == set(expected)
     assert texts(task="stsb", data__public_text="glue", **keys) == found  # the same for every task
+    clients = tmp_path / "clients"  # files with the columns of one task
+    clients.mkdir()
+    (clients / "a.csv").write_text("sentence,label\nmine,0\n")
+    assert texts(task="cola", data__public_text="glue", data__private=str(clients), **keys) == found
 
 
 def test_glues_text_needs_a_glue_folder():

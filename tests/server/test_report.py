@@ -154,6 +154,14 @@ def test_a_run_that_was_killed_before_its_first_score_has_a_report(tmp_path):
     assert "Configuration" in found.texts["h2"]
 
 
+def test_a_run_whose_only_scores_are_empty_has_a_report(tmp_path):
+    """As one without a validation split has before its first round."""
+    make_run(tmp_path, killed=True)
+    empty = {"round": 0, "phase": "validation", "student": {}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(empty) + "\n")
+    assert "Nothing was scored yet" in read(tmp_path).texts["p"][0]
+
+
 @pytest.mark.parametrize("end", [b"[]\n", b"7\n", b'{"round": 4}\n', b'{"round": "4", "phase": "a"}\n', b"\xff\xfe\n"])
 def test_a_journal_ends_before_a_line_that_is_none(tmp_path, end):
     make_run(tmp_path)

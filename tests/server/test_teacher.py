@@ -13,7 +13,7 @@ from common.families import FAMILIES
 from common.hashing import hash_tensors
 from common.models import load_teacher
 from common.progress import Silent
-from common.tasks import GLUE, TOY
+from common.tasks import GLUE, TOY, text_task
 from server import teacher as module
 from server.teacher import TeacherSource, check_head, check_length, find_teacher, fine_tune, prepare_teacher
 from tests.conftest import make_dataset, make_reviews, make_sentences, make_teacher
@@ -108,6 +108,10 @@ def test_a_head_with_the_tasks_labels_in_another_order_is_refused():
     check_head(source(labels=("negative", "positive")), TOY, 0)
     with pytest.raises(InputError, match="its labels are in the order positive, negative"):
         check_head(source(labels=("positive", "negative")), TOY, 0)
+    named = text_task(("text",), ("Negative", "Positive"), "label", False)  # a model's are read in lower case
+    check_head(source(labels=("negative", "positive")), named, 0)
+    with pytest.raises(InputError, match="its labels are in the order positive, negative"):
+        check_head(source(labels=("positive", "negative")), named, 0)
 
 
 def test_a_teacher_that_lacks_weights_is_refused(tmp_path):
