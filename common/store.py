@@ -72,6 +72,20 @@ def build_folder(target: Path) -> Iterator[Path | None]:
             yield draft
 
 
+def make_folder(path: Path, key: str) -> None:
+    """Make a folder, with those above it, that will be written into.
+
+    Raises:
+        InputError: it cannot be, named by its key.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{key} {path}: {error.strerror}; give a folder that can be written") from None
+
+
 @contextmanager
 def draft_of(target: Path) -> Iterator[Path]:
     """An empty folder to fill, that takes the name of ``target``, where nothing is, when it is finished.

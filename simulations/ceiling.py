@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.config import Config
 from common.errors import InputError
-from common.store import write_atomically
+from common.store import make_folder, write_atomically
 from server.ceiling import prepare_ceiling
 from server.run_folder import finite
 from simulations.display import console_on, progress_for
@@ -17,6 +17,7 @@ def save_ceiling(config: Config, out: Path) -> None:
     target = out / "summary.json"
     if target.exists():
         raise InputError(f"--out {out}: holds a summary.json already; give a new folder")
+    make_folder(out, "--out")
     progress = progress_for(console_on(sys.stdout))
     ceiling = prepare_ceiling(config, progress)
     summary = {

@@ -13,7 +13,7 @@ from typing import Any
 from common.config import load_config
 from common.errors import InputError, Interrupted, RunFailed
 from common.progress import Progress
-from common.store import write_atomically
+from common.store import make_folder, write_atomically
 from server.run_folder import check_resumed, finite
 from simulations.child import as_settings, run_child
 from simulations.display import console_on, progress_for
@@ -106,6 +106,7 @@ def _check_folder(plan: Sweep, out: Path, resume: bool) -> None:
     for run in plan.runs:
         if (kept := out / run.folder / "config.toml").is_file():
             check_resumed(load_config(kept), run.config, out / run.folder)
+    make_folder(out, "--out")
 
 
 def _completed(folder: Path, run: Planned) -> Done | None:
@@ -133,7 +134,7 @@ def _with_ceiling(
     """The same with the ceiling of its task, teacher and seed beside it; runs share one."""
     if run.ceiling_key not in known:
         folder = out / run.folder.with_name(f"ceiling-{run.seed}")
-        summary = read_json(folder / "summary.json")
+        summary, last = read_json(folder / "summary.json"), "it has no score"
         if summary is None or not _same(summary.get("keys", {}), run):
             (folder / "summary.json").unlink(missing_ok=True)
             code, last = run_child(["ceiling", *as_settings(run.keys), "--out", str(folder)], tell)

@@ -94,6 +94,8 @@ def sweep_of(
             raise InputError(f"-s {key}: the arm {taken[0]} of {path} sets it; change it there")
     if type(ceiling := own.get("ceiling", False)) is not bool:
         raise InputError(f"{path}: ceiling = {ceiling!r}: give true or false")
+    if seeds is not None and "seed" in over:
+        raise InputError(f"-s seed={over['seed']}: the seeds are 0 to {len(seeds) - 1}; leave it out")
     chosen = tuple(seeds) if seeds is not None else _seeds(path, own, base)
     tasks, skipped = _tasks(path, own, base)
     if other := sorted(of_task.keys() - {*tasks, *skipped}):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -118,6 +119,8 @@ def test_a_folder_in_use_is_left_alone(plan, tmp_path):
         sweep(plan, tmp_path / "out")
     with pytest.raises(InputError, match="a file; give a folder"):
         sweep(plan, tmp_path / "out" / "mine.txt")
+    with pytest.raises(InputError, match=r"--out /proc/out: .*; give a folder that can be written"):
+        sweep(plan, Path("/proc/out"))
 
 
 def test_a_run_of_other_keys_is_not_continued(plan, tmp_path):

@@ -195,6 +195,11 @@ def test_a_wrong_grid_is_refused(write, text, told):
         read_sweep(write(text))
 
 
+def test_a_seed_beside_a_number_of_seeds_is_refused(write):
+    with pytest.raises(InputError, match=r"-s seed=5: the seeds are 0 to 2; leave it out"):
+        read_sweep(write("rounds = 2"), ["seed=5"], seeds=range(3))
+
+
 def test_what_the_grid_varies_cannot_be_set(write):
     with pytest.raises(InputError, match=r"-s client.lr: the grid of .*a.toml varies it"):
         read_sweep(write(GRID), ["client.lr=1.0"])
