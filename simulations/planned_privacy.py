@@ -1,6 +1,7 @@
 """What privacy a run would give, and at what noise, before it is run."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 from clients.example_privacy import calibrated_noise
 from clients.private_steps import Lots
@@ -34,19 +35,37 @@ def planned_privacy(config: Config, data: FederatedDataset, trained: int) -> lis
 
 
 def _of_examples(config: Config, data: FederatedDataset) -> Iterator[str]:
-    """The noise of the smallest client and of the largest, in whose lots an example is oftenest and least often."""
+    """Noise and epsilon of the smallest client, of the largest, and of the one that spends most."""
     keys = config.privacy
     sizes = sorted({int(count) for count in data.train_sizes[data.eligible]})
-    for count in dict.fromkeys((sizes[0], sizes[-1])):
-        lots = Lots(keys.lot, count)
-        steps = lots.steps * config.client.epochs * config.rounds
-        noise = calibrated_noise(keys, lots, steps, cache_folder(config.runtime.cache))
-        spent = "no epsilon"
-        if noise:
-            found = epsilon(
-                noise_multiplier=noise, rate=lots.rate, steps=steps, delta=keys.delta, accountant=keys.accountant
-            )
-            spent = f"epsilon {found:.3g} at delta {keys.delta:g} ({keys.accountant})"
+    plans = {count: _plan(config, count) for count in (sizes[0], sizes[-1])}
+    if not keys.epsilon:  # else each has its own noise for it
+        plans |= {count: _plan(config, count) for count in _first_of_steps(keys.lot, sizes)}
+    most = max(plans, key=lambda count: plans[count][1])
+    for count in sorted({sizes[0], most, sizes[-1]}):
+        noise, found = plans[count]
+        spent = f"epsilon {found:.3g} at delta {keys.delta:g} ({keys.accountant})" if noise else "no epsilon"
         yield f"privacy of examples: noise of {noise:.4g} clip norms for {count:,} of them, {spent} in all rounds"
     if 0 < keys.lifetime_epsilon < keys.epsilon:
         yield f"clients will decline: privacy.lifetime-epsilon = {keys.lifetime_epsilon} is less than privacy.epsilon"
+
+
+def _plan(config: Config, count: int) -> tuple[float, float]:
+    """The noise of a client with so many examples, and what it spends in all rounds."""
+    keys = config.privacy
+    lots = Lots(keys.lot, count)
+    steps = lots.steps * config.client.epochs * config.rounds
+    noise = calibrated_noise(keys, lots, steps, cache_folder(config.runtime.cache))
+    if not noise:
+        return 0.0, math.inf
+    return noise, epsilon(
+        noise_multiplier=noise, rate=lots.rate, steps=steps, delta=keys.delta, accountant=keys.accountant
+    )
+
+
+def _first_of_steps(lot: int, sizes: Sequence[int]) -> list[int]:
+    """Of ascending sizes with as many steps an epoch the smallest, in whose lots an example is oftenest."""
+    found: dict[int, int] = {}
+    for count in sizes:
+        found.setdefault(Lots(lot, count).steps, count)
+    return [*found.values()]

@@ -1,7 +1,11 @@
 """What a run would do: its bytes are those of the messages, its times those of the arithmetic."""
 
 import json
+import re
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from clients.device_profile import Line
@@ -11,6 +15,7 @@ from common.errors import InputError
 from common.progress import Silent
 from simulations import describe
 from simulations.describe import bytes_of, examine, lines, shard_sheet, spoken
+from simulations.planned_privacy import planned_privacy
 from tests.conftest import make_teacher
 
 
@@ -76,6 +81,16 @@ def test_what_privacy_it_would_give_is_told(keys):
         Silent(),
     )["privacy"]
     assert told[-1].startswith("clients will decline: privacy.lifetime-epsilon = 4.0 is less than")
+
+
+def test_the_client_that_spends_most_is_told_of_though_it_is_neither_the_smallest_nor_the_largest():
+    """One more than a lot of 64: twice the steps, and nearly each of its examples in each of them."""
+    keys = {"privacy.unit": "example", "privacy.noise-multiplier": 2.0, "privacy.lot": 64, "rounds": 5}
+    data: Any = SimpleNamespace(train_sizes=np.array([64, 65, 1000]), eligible=np.arange(3))
+    told = planned_privacy(from_flat({**keys, "privacy.accountant": "prv"}), data, 10)
+    assert [re.search(r"for ([\d,]+) of them, epsilon ([\d.]+)", words).groups() for words in told] == [
+        ("64", "4.99"), ("65", "7.42"), ("1,000", "1.29"),
+    ]  # fmt: skip
 
 
 def test_texts_of_others_are_not_described():
