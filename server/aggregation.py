@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from common.fixed_point import LIMIT, Rows, largest_of
+from common.fixed_point import CLIENT_LIMIT, LIMIT, Rows, largest_of
 from common.wire import ClientLine
 
 Sums = Mapping[str, NDArray[np.int64] | Rows]
@@ -75,7 +75,7 @@ class RunningSum:
             some = part[name]
             largest = largest_of(some.values if isinstance(some, Rows) else some)
             bound[name] = bound.get(name, 0) + largest
-            if largest >= LIMIT or bound[name] >= 2**63:
+            if largest >= min(LIMIT, len(accepted) * CLIENT_LIMIT) or bound[name] >= 2**63:
                 raise Rejected(f"{name}: a value is too large to add up")
         return bound
 

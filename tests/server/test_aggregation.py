@@ -124,16 +124,25 @@ def test_a_reply_in_which_everybody_has_a_problem_adds_nothing():
 
 def test_a_sum_that_would_overflow_is_refused_and_leaves_no_trace():
     total = RunningSum.zeros({"a": (2,), "b": (2,)})
-    for huge in (2**62, -(2**62), 2**63 - 1, -(2**63)):
+    for huge in (2**56, -(2**56), 2**62, 2**63 - 1, -(2**63)):
         with pytest.raises(Rejected, match="b: a value is too large"):
             total.fold({"a": np.ones(2, np.int64), "b": np.array([huge, 0])}, [line(0, 5)], {0: 5})
     big = {"a": np.ones(2, np.int64), "b": np.array([2**62 - 2**10, 0])}
-    total.fold(big, [line(0, 5)], {0: 5})
-    total.fold(big, [line(0, 5)], {0: 5})
+    together, sizes = [line(client, 5) for client in range(64)], dict.fromkeys(range(64), 5)
+    total.fold(big, together, sizes)
+    total.fold(big, together, sizes)
     with pytest.raises(Rejected, match="b: a value is too large"):
-        total.fold(big, [line(0, 5)], {0: 5})
+        total.fold(big, together, sizes)
     assert total.totals["a"].tolist() == [2, 2]
-    assert total.weight == 10
+    assert total.weight == 640
+
+
+def test_whoever_sends_the_largest_numbers_shuts_nobody_out():
+    total, most = RunningSum.zeros({"b": (1,)}), 2**56 - 1
+    for client in range(100):
+        total.fold({"b": np.array([most])}, [line(client, 5)], {client: 5})
+    total.fold({"b": np.array([7])}, [line(100, 5)], {100: 5})
+    assert total.totals["b"].tolist() == [100 * most + 7]
 
 
 def test_rows_of_an_array_are_added_as_the_whole_would_be():
