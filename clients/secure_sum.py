@@ -9,6 +9,7 @@ either the share of its own mask or that of its masking key is told, never both.
 
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from clients.ledger import BUDGET
 from clients.worker import ClientRefused, Groups, Worker, reason_of
 from common.distributed_noise import distributed_noise
 from common.edge import write_private
@@ -51,7 +53,7 @@ from common.secure_sum import (
     write_bytes,
 )
 from common.secure_tail import tail_of
-from common.wire import SPENT, ClientLine, Instruction
+from common.wire import ClientLine, Instruction
 
 State = dict[str, Any]
 Answer = Callable[[Instruction], tuple[Groups, list[ClientLine]]]  # of a worker, to a message
@@ -130,6 +132,12 @@ class Member:
                     agreed = pair_key(key, keys[peer][1], self.session, "mask", (self.client, peer))
                     add_pair_mask(words, agreed, self.client, peer)
             return words
+
+    @property
+    def has_masked(self) -> bool:
+        """Whether words were masked in this sum; see `mask`."""
+        with self._locked():
+            return self.path.is_file() and "masked" in self._state()
 
     def noised(self, sums: Mapping[str, NDArray[np.int64]], deviation: float) -> dict[str, NDArray[np.int64]]:
         """A clipped update with this client's part of noise of a deviation.
@@ -300,10 +308,17 @@ def masked_sum(worker: Worker, what: str, instruction: Instruction, answer: Answ
     lines: list[ClientLine] = []
     seconds = 0.0
     for member, base in zip(members, instruction.feedback, strict=True):
+        if what == "train" and worker.config.privacy.unit == "example" and member.has_masked:
+            # other lots and other noise would be other words, and would be spent for nothing
+            problem = "secure sum: its update of this round was masked, and cannot be made again"
+            lines.append(ClientLine(member.client, 0, 0.0, problem=problem))
+            continue
         groups, (line,) = answer(replace(instruction, clients=(member.client,), feedback=(base,)))
         seconds += line.seconds
         if line.problem:
-            lines.append(ClientLine(member.client, 0, 0.0, problem=line.problem))
+            # a budget that is spent is told of in figures, and they depend on how many examples there are
+            problem = BUDGET if line.problem.startswith(BUDGET) else line.problem
+            lines.append(ClientLine(member.client, 0, 0.0, problem=problem))
             continue
         try:
             arrays = dense(groups, worker.shapes)
@@ -315,10 +330,16 @@ def masked_sum(worker: Worker, what: str, instruction: Instruction, answer: Answ
             lines.append(_problem(member.client, error))
             continue
         total = words if total is None else np.add(total, words, out=total)
-        lines.append(ClientLine(member.client, 0, 0.0, **{name: getattr(line, name) for name in SPENT}))
+        spent = _coarse(line.epsilon), _coarse(line.lifetime_epsilon)
+        lines.append(ClientLine(member.client, 0, 0.0, epsilon=spent[0], lifetime_epsilon=spent[1]))
     # how long a client takes tells how much it has
     lines = [replace(line, seconds=seconds / len(lines)) for line in lines]
     return {} if total is None else {"update": {"masked": total.view(np.int64)}}, lines
+
+
+def _coarse(epsilon: float | None) -> float | None:
+    """The next tenth: an epsilon to the last digit tells how many examples there are."""
+    return None if epsilon is None else math.ceil(10.0 * epsilon) / 10.0
 
 
 def dense(groups: Groups, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.int64]]:

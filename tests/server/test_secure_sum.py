@@ -1,6 +1,8 @@
 """Secure sums between the real server and the real clients' side: only models and Flower's network are missing."""
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,10 +63,12 @@ class Cohort:
     Attributes:
         lost: the clients that do not do a stage any more, by kind of message.
         seen: contents of all replies.
+        lines: of those that are masked sums.
     """
 
     def __init__(self, folder, size, **keys):
         self.folder, self.lost, self.seen, self.number = folder, {}, [], 0
+        self.lines: list[ClientLine] = []
         (folder / "run").mkdir(exist_ok=True)
         self.worker = SimpleNamespace(cache=folder, shapes=SHAPES, config=from_flat({**KEYS, **keys}))
         self.run = Run(folder / "run", {1: self.answer, 2: self.answer}, tuple(range(size)))
@@ -83,7 +87,9 @@ class Cohort:
             lines += [ClientLine(client, 0, 0.0, problem="gone") for client in gone]
             content = pack_told(told, lines)
         else:
-            content = pack_reply(*masked_sum(self.worker, "train", instruction, lambda one: self.train(one, gone)))
+            groups, lines = masked_sum(self.worker, "train", instruction, lambda one: self.train(one, gone))
+            self.lines += lines
+            content = pack_reply(groups, lines)
         self.seen.append((kind, content))
         return content
 
@@ -240,6 +246,55 @@ def test_the_same_masks_never_cover_two_updates(tmp_path):
         groups, lines = masked_sum(cohort.worker, "train", one, another)
         assert groups == {}
         assert {line.problem for line in lines} == {"secure sum: it has masked another update with these keys"}
+
+
+def test_what_is_noised_anew_each_time_is_masked_once_and_its_budget_not_spent_again(tmp_path):
+    cohort = Cohort(tmp_path, 4, **{"privacy.unit": "example", "privacy.epsilon": 8.0})
+    asked, true = [], cohort.run.grid.nodes[1]
+
+    def record(node, clients):
+        message = cohort.run.grid.messages[-1]
+        if message.metadata.message_type == "train":
+            asked.append(unpack_instruction(message.content))
+        return true(node, clients)
+
+    cohort.run.grid.nodes = {1: record, 2: record}
+    ready = cohort.secure.begin("train", 1, range(4), cohort.run.streaming)
+    cohort.run.streaming.grid.push_messages(
+        cohort.run.exchange.open("train", 1, ready, grid=cohort.run.streaming, arrays={}, info="")
+    )
+    for one in asked:
+        groups, lines = masked_sum(cohort.worker, "train", one, lambda one: pytest.fail("it trains again"))
+        assert groups == {}
+        assert {line.problem for line in lines} == {
+            "secure sum: its update of this round was masked, and cannot be made again"
+        }
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"epsilon": 4.7853, "lifetime_epsilon": 4.0}, (4.8, 4.0)), ({}, (None, None))],
+)
+def test_what_is_spent_is_told_to_the_next_tenth(tmp_path, given, told):
+    cohort = Cohort(tmp_path, 3)
+    train = cohort.train
+
+    def spending(instruction, gone):
+        groups, (line,) = train(instruction, gone)
+        return groups, [replace(line, **given)]
+
+    cohort.train = spending
+    cohort.sum()
+    assert {(line.epsilon, line.lifetime_epsilon) for line in cohort.lines} == {told}
+
+
+def test_a_spent_budget_is_told_without_figures(tmp_path):
+    cohort = Cohort(tmp_path, 3)
+    told = "its privacy budget is spent: epsilon is 7.99, this round would make it 9.26, and its limit is 8"
+    cohort.train = lambda instruction, gone: ({}, [ClientLine(instruction.clients[0], 0, 0.0, problem=told)])
+    with suppress(RunFailed):
+        cohort.sum()
+    assert {line.problem for line in cohort.lines} == {"its privacy budget is spent"}
 
 
 def test_secrets_are_on_no_disk_after_the_sum_and_for_no_other_to_read(tmp_path):
