@@ -3,7 +3,7 @@
 state/home.toml             which client this is, its data file, its limits
 state/teachers/HASH/        teachers it was sent, or given with --teacher, by the hash of their weights
 state/cache/                tokenised data, teacher outputs, students, and what it needs from round to round
-state/joined.json           hash of the data that it has joined with
+state/joined.json           hash of the data that it has joined with, and how they are cut
 state/ledger/               what its examples have spent of their privacy, in all runs; see `clients.ledger`
 state/audit.jsonl           what has come and gone, without any content
 """
@@ -124,7 +124,7 @@ class Home:
             {self.client: text_groups(table)}, config.data.clients, config.data.holdout_fraction,
             config.data.min_examples, config.seed,
         )  # fmt: skip
-        write_atomically(self.state / "joined.json", json.dumps({"data": table.fingerprint()}).encode())
+        write_atomically(self.state / "joined.json", json.dumps(_cut(config, table)).encode())
         held = sorted(path.name for folder in (self.teachers, self.students) for path in _folders(folder))
         sizes = int(cut.train_sizes[self.client]), int(cut.heldout_sizes[self.client])
         if config.privacy.secure_aggregation:  # that it has some, not how many
@@ -173,16 +173,16 @@ class Home:
     def _dataset(self, instruction: Instruction, tokenizer: Path) -> str:
         config, task = self.config(instruction), task_of(instruction)
         table = self._table(config, task)
-        if self._joined_with() != table.fingerprint():
-            raise ClientRefused("its data are not those that it has joined with; start the run again")
+        if self._joined_with() != _cut(config, table):
+            raise ClientRefused("its data, or their cut, are not those that it has joined with; start the run again")
         empty = Table(tuple([] for _ in table.texts), table.labels[:0])
         corpus = Corpus(replace(task, validation=()), empty, {}, private={self.client: table})
         return prepare_dataset(config, tokenizer, self.cache, Silent(), corpus).key
 
-    def _joined_with(self) -> str:
+    def _joined_with(self) -> Any:
         try:
-            return str(json.loads((self.state / "joined.json").read_text())["data"])
-        except (OSError, ValueError, KeyError):
+            return json.loads((self.state / "joined.json").read_text())
+        except (OSError, ValueError):
             raise ClientRefused("it has not joined this run") from None
 
     def _table(self, config: Config, task: Task) -> Table:
@@ -204,6 +204,18 @@ class Home:
         """Raises `ClientRefused` when another client is asked."""
         if instruction.clients != (self.client,):
             raise ClientRefused(f"this is client {self.client}, and another was asked")
+
+
+def _cut(config: Config, table: Table) -> dict[str, Any]:
+    """The data, and what decides which of them are held out: another seed would have what was trained on scored."""
+    keys = config.data
+    return {
+        "data": table.fingerprint(),
+        "seed": config.seed,
+        "clients": keys.clients,
+        "holdout-fraction": keys.holdout_fraction,
+        "min-examples": keys.min_examples,
+    }
 
 
 def _checked(name: str) -> str:

@@ -30,6 +30,7 @@ from common.accounting import Steps, spent
 from common.store import draft_of, sync_folder, write_atomically
 
 NAME, LAST = "ledger.jsonl", "last"
+BUDGET = "its privacy budget is spent"
 ROUNDING = 1e-6  # relative: what is calibrated to a budget may reach it
 
 
@@ -109,11 +110,19 @@ class Ledger:
             if after.ever > limit * (1.0 + ROUNDING):
                 before = self._spent(entries, run, delta, accountant).ever
                 raise Declined(
-                    f"its privacy budget is spent: epsilon is {before:.4g}, this round would make it {after.ever:.4g}, "
+                    f"{BUDGET}: epsilon is {before:.4g}, this round would make it {after.ever:.4g}, "
                     f"and its limit is {limit:g}"
                 )
             self._append(entry, last)
         return after
+
+    def knows_any(self) -> bool:
+        """Whether any of these examples was ever trained on. Raises `Declined` when the ledger is damaged."""
+        if not self.folder.exists():
+            return False
+        with FileLock(f"{self.folder}.lock"):
+            entries, _ = self._read()
+            return any(self._among(name).any() for name in {entry.data for entry in entries})
 
     def _spent(self, entries: Sequence[Entry], run: str, delta: float, accountant: str) -> Spent:
         held = {name: self._among(name) for name in dict.fromkeys(entry.data for entry in entries)}

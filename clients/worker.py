@@ -23,7 +23,7 @@ from clients.distillation import ClientUpdate, distil
 from clients.error_feedback import ErrorFeedback, compress_with_feedback
 from clients.evaluation import held_out_statistics
 from clients.example_privacy import begin_round
-from clients.ledger import Declined, data_hash
+from clients.ledger import Declined, Ledger, data_hash
 from clients.round_files import MissingState
 from clients.teacher_cache import TeacherCache
 from common.clipping import BELOW_SHAPE
@@ -39,7 +39,7 @@ from common.importance import MOST, importance
 from common.inference import predict
 from common.keys import AUTO_BUDGET
 from common.metrics import statistics_length
-from common.models import load_teacher
+from common.models import dropouts_of, load_teacher
 from common.nested import Tiers
 from common.noise import SQUARES_SHAPE, squares_of
 from common.objective import Examples
@@ -75,7 +75,8 @@ class Worker:
         ledger: where its one client's privacy ledger lies; empty: by the clients' data, in the cache.
 
     Raises:
-        ValueError: the teacher in the folder, or the student, is another one.
+        ValueError: the teacher in the folder, or the student, is another one; or the student drops out other shares of
+            its states than the run says.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Worker:
         self.pupil = open_pupil(cache / "students" / student, self.data, cache)
         if self.pupil.hash != student_hash:
             raise ValueError("the student's weights are not those of this run")
+        if dropouts_of(self.pupil.model) - {config.student.dropout}:  # a norm that others have a part in is no bound
+            raise ValueError("the student's dropout is not that of this run")
         whole, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
         self.tiers = Tiers(config, whole, self.pupil.shape, width)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
@@ -143,7 +146,13 @@ class Worker:
         return lines
 
     def weigh(self, clients: Sequence[int], finished: Finished) -> tuple[Groups, list[ClientLine]]:
-        """The sum over some clients of how much each head and neuron of the student matters on their examples."""
+        """The sum over some clients of how much each head and neuron of the student matters on their examples.
+
+        Raises:
+            ClientRefused: the run chooses none so; the sums would tell of examples that it promises to hide.
+        """
+        if not self.config.student.is_weighed or self.config.privacy.unit != "none":
+            raise ClientRefused("the keys of this run have no heads and neurons chosen on its clients' examples")
         shape, recipe = self.pupil.shape, self._recipe(1)
         total = ExactSum({"heads": _matrix(shape.heads), "neurons": _matrix(shape.neurons)})
         lines = []
@@ -276,7 +285,13 @@ class Worker:
     def _held_out(self, client: int) -> NDArray[np.int64]:
         """Rows that a client scores: the first of them where its part of the counts has a bound."""
         keys, rows = self.config.privacy, self.data.shard(client).heldout
+        if keys.unit == "example" and self.ledger and Ledger(Path(self.ledger), self._keys(rows)).knows_any():
+            raise ClientRefused("it has trained on some of what this run holds out; give the seed and holdout of then")
         return rows[: keys.scores_examples] if keys.scores_share else rows
+
+    def _keys(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(len(rows), 16) the examples' content keys."""
+        return np.asarray(self.data.train.keys[rows])
 
     def _score_or_tell(self, client: int, tier: int) -> list[Scored]:
         try:
@@ -315,7 +330,7 @@ class Worker:
         if self.config.privacy.unit == "example":
             # a norm that is rounded as bf16 rounds would be no bound; and what is noised is not clipped once more
             compute, recipe = replace(compute, bf16=False), replace(recipe, clip_norm=0.0)
-            keys = np.asarray(self.data.train.keys[examples.rows])
+            keys = self._keys(examples.rows)
             ledger = Path(self.ledger) if self.ledger else self.ledgers / data_hash(keys)
             private, spent = begin_round(self.config, instruction, keys, cache=self.cache, ledger=ledger)
         update = distil(

@@ -28,7 +28,7 @@ def _check_distillation(config: Keys) -> None:
             f"student.target-ratio = {student.target_ratio}: it chooses the vocabulary; "
             f"student.vocabulary = {student.vocabulary} does too; give one of them"
         )
-    if student.narrows and student.width_selection == "importance" and keys.soft_weight + keys.hard_weight == 0:
+    if student.is_weighed and keys.soft_weight + keys.hard_weight == 0:
         raise ValueError(
             "student.width-selection = 'importance': it is measured on the loss on outputs, but "
             "distill.soft-weight and hard-weight are 0; give one of them a weight, or "

@@ -139,6 +139,11 @@ class StudentKeys(Section):
             raise ValueError(f"student.tiers = {self.tiers!r}: {error}") from None
 
     @property
+    def is_weighed(self) -> bool:
+        """Whether the clients' examples say which heads and neurons it keeps."""
+        return self.narrows and self.width_selection == "importance"
+
+    @property
     def narrows(self) -> bool:
         """Whether heads and neurons are chosen before round 1: for the whole student, or for one inside it."""
         return any((self.heads, self.neurons, *(size.heads or size.neurons for size in self.sizes)))

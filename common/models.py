@@ -16,6 +16,14 @@ DROPOUTS = (
 )  # fmt: skip
 
 
+def dropouts_of(model: Any) -> set[float]:
+    """The shares of its states that a model drops out in training, as its configuration and its modules say."""
+    said = (getattr(model.config, name, None) for name in DROPOUTS)
+    return {float(share) for share in said if share is not None} | {
+        m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)
+    }
+
+
 def load_teacher(folder: Path, complete: bool = True, *, key: str = "teacher.model", **overrides: Any) -> Any:
     """A sequence classifier from a folder of safetensors, frozen and in evaluation mode.
 

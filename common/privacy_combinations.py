@@ -48,8 +48,7 @@ def _what_unit_client_allows(config: Keys) -> None:
         f"server.over-select = {server.over_select}": server.over_select > 1.0,
         f"student.tiers = {student.tiers!r}": bool(student.tiers),
         "client.grow-batch = true": config.client.grow_batch,
-        f"student.width-selection = {student.width_selection!r}": student.narrows
-        and student.width_selection == "importance",
+        f"student.width-selection = {student.width_selection!r}": student.is_weighed,
     }
     for other, found in against.items():
         if found:
@@ -88,7 +87,7 @@ def _what_unit_example_allows(config: Keys) -> None:
         "student.train-embeddings = true: which rows move tells which words are there": student.train_embeddings,
         f"student.tiers = {student.tiers!r}: a weight is in a step more than once": bool(student.tiers),
         "student.width-selection = 'importance': clients measure it without noise; `random` does fit":
-            student.narrows and student.width_selection == "importance",
+            student.is_weighed,
         f"data.windows = {config.data.windows}: an example must be one row": config.data.windows > 1,
         f"distill.hidden-weight = {distill.hidden_weight}: that loss {everybody}": distill.hidden_weight > 0,
         f"distill.cls-weight = {distill.cls_weight}: that loss {everybody}": distill.cls_weight > 0,

@@ -73,7 +73,7 @@ def failure(call):
 
 
 def test_an_answer_to_each_kind_of_message_is_one_that_the_server_takes(prepared):
-    asked, (_, data, _) = instruction(prepared), prepared
+    asked, (_, data, _) = instruction(prepared, student__heads=1), prepared
     taught = app.teach(message(asked, "query.teach"), WORKER).content
     assert unpack_sums(taught, {}) == {}
     assert [line.examples for line in unpack_lines(taught, frozenset(CLIENTS))] == [
@@ -144,7 +144,7 @@ def test_a_worker_stays_as_long_as_its_run_lasts(prepared):
 def test_each_finished_client_adds_a_byte_to_the_board(prepared, tmp_path, kind):
     board = tmp_path / "board"
     board.write_bytes(b"....")
-    getattr(app, kind.removeprefix("query."))(message(instruction(prepared, board), kind), WORKER)
+    getattr(app, kind.removeprefix("query."))(message(instruction(prepared, board, student__heads=1), kind), WORKER)
     assert board.read_bytes() == b"." * (4 + len(CLIENTS))
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from clients.example_privacy import begin_round, calibrated_noise
-from clients.ledger import NAME, Declined
+from clients.ledger import NAME, Declined, Ledger
 from clients.private_steps import Lots
-from clients.worker import Worker
+from clients.worker import ClientRefused, Worker
 from common.accounting import epsilon, noise_for
 from common.array_bytes import WireError
 from common.config import from_flat
@@ -39,8 +39,11 @@ class Place:
         self.worker.ledgers = folder / "ledgers"
         self.arrays = {name: weight.numpy().copy() for name, weight in self.worker.tiers.initial().items()}
 
+    def asked(self, number, run="0" * 16):
+        return Instruction(run, number, json.dumps(self.config.flat()), CLIENTS, (0,) * 3, **self.needs)
+
     def train(self, number, run="0" * 16):
-        asked = Instruction(run, number, json.dumps(self.config.flat()), CLIENTS, (0,) * 3, **self.needs)
+        asked = self.asked(number, run)
         groups, lines = self.worker.train(self.arrays, asked, lambda count: None)
         update = {name: np.asarray(getattr(part, "values", part)).copy() for name, part in groups["update"].items()}
         return update, lines
@@ -77,6 +80,25 @@ def test_a_second_run_on_the_same_data_is_declined_by_name(place):
         assert line.problem.endswith(", and its limit is 4")
     # the line is one that the server takes
     assert unpack_lines(pack_reply({}, lines), frozenset(CLIENTS)) == lines
+
+
+def test_what_was_trained_on_is_never_held_out_on_a_device(place, tmp_path):
+    """Another seed cuts the data in another way; scores are exact, and on nobody's ledger."""
+    place.worker.ledger = str(tmp_path / "ledger")
+    place.train(1)
+    _, lines = place.worker.evaluate(place.arrays, place.asked(1), lambda count: None)
+    assert [line.problem for line in lines] == [""] * 3
+    shard = place.worker.data.shard(0)
+    Ledger(tmp_path / "ledger", place.worker._keys(shard.heldout[:1])).claim(
+        "1" * 16, 1, (1.0, 0.5, 1), limit=100.0, delta=1e-5, accountant="prv"
+    )
+    with pytest.raises(ClientRefused, match="it has trained on some of what this run holds out"):
+        place.worker.evaluate(place.arrays, place.asked(2), lambda count: None)
+
+
+def test_heads_are_not_weighed_where_examples_are_hidden(place):
+    with pytest.raises(ClientRefused, match="no heads and neurons chosen on its clients' examples"):
+        place.worker.weigh(CLIENTS, lambda count: None)
 
 
 def test_a_larger_lifetime_takes_the_second_run_too_and_tells_both(tiny_teacher, tmp_path):

@@ -189,6 +189,14 @@ def test_data_that_have_changed_since_are_refused(supplied):
         home.needs(asked)
 
 
+@pytest.mark.parametrize("key", ["seed", "data.holdout-fraction", "data.min-examples"])
+def test_a_run_holds_out_what_it_held_out_when_the_client_joined(supplied, key):
+    home, asked = supplied
+    other = {"seed": 1, "data.holdout-fraction": 0.3, "data.min-examples": 3}[key]
+    with pytest.raises(ClientRefused, match="its data, or their cut, are not those that it has joined with"):
+        home.needs(replace(asked, config=json.dumps({**KEYS, key: other})))
+
+
 def test_what_is_not_here_is_said(supplied):
     home, asked = supplied
     with pytest.raises(ClientRefused, match="the teacher of this run is not here"):

@@ -9,7 +9,7 @@ import torch
 
 import clients.worker as module
 from clients.distillation import distil
-from clients.worker import Worker
+from clients.worker import ClientRefused, Worker
 from common.compression import decompress, wire_for
 from common.fixed_point import ExactSum, Rows
 from common.hashing import hash_tensors
@@ -422,7 +422,7 @@ def test_another_student_in_the_cache_is_refused(worker, balanced):
 
 
 def test_how_much_heads_matter_is_the_sum_over_clients_in_any_grouping(make_worker):
-    worker = make_worker()
+    worker = make_worker(student__heads=1)
     alone = {client: worker.weigh([client], nobody) for client in CLIENTS}
     together, lines = worker.weigh((4, 1, 0, 5, 3, 2), nobody)
     assert {name: total.shape for name, total in together["update"].items()} == {"heads": (2, 2), "neurons": (2, 32)}
@@ -436,7 +436,7 @@ def test_how_much_heads_matter_is_the_sum_over_clients_in_any_grouping(make_work
 
 
 def test_weighing_leaves_training_as_it_was(make_worker):
-    fresh, used = make_worker(), make_worker()
+    fresh, used = make_worker(student__heads=1), make_worker(student__heads=1)
     arrays = arrays_of(fresh)
     used.weigh(CLIENTS, nobody)
     expected, _ = fresh.train(arrays, instruction([3]), nobody)
@@ -447,7 +447,7 @@ def test_weighing_leaves_training_as_it_was(make_worker):
 
 @pytest.mark.parametrize("bad", [0, 5])
 def test_a_client_that_cannot_be_weighed_leaves_the_others(make_worker, monkeypatch, bad):
-    worker = make_worker()
+    worker = make_worker(student__heads=1)
     expected, _ = worker.weigh([client for client in CLIENTS if client != bad], nobody)
     honest, done = module.importance, []
 
@@ -475,3 +475,24 @@ def test_the_shift_of_a_clients_classes_is_its_own(make_worker):
         shifts.add(tuple(shift))
     assert len(shifts) > 1
     assert make_worker()._examples(0).shift is None
+
+
+@pytest.mark.parametrize("keys", [{}, {"student__heads": 1, "student__width_selection": "random"}])
+def test_a_server_that_asks_what_the_run_has_no_use_for_is_refused(make_worker, keys):
+    with pytest.raises(ClientRefused, match="the keys of this run have no heads and neurons chosen"):
+        make_worker(**keys).weigh([0], nobody)
+
+
+def test_a_student_with_a_dropout_of_its_own_is_refused(make_worker, monkeypatch):
+    """Its configuration is in no hash of weights."""
+    from clients import worker as module
+
+    def dropping(*given):
+        pupil = open_pupil(*given)
+        pupil.model.config.hidden_dropout_prob = 0.1
+        return pupil
+
+    open_pupil = module.open_pupil
+    monkeypatch.setattr(module, "open_pupil", dropping)
+    with pytest.raises(ValueError, match="the student's dropout is not that of this run"):
+        make_worker()
