@@ -64,7 +64,7 @@ def spending_of_examples(keys: PrivacyKeys, before: Mapping[str, Any], lines: Se
         said = [before.get(name, 0.0), *(getattr(line, name) for line in lines)]
         found[name] = None if None in said else max(said)  # None: nothing bounds it
     noisy = found["epsilon"] is not None
-    # scores are of other examples, that are never trained on; their number, and that of those trained on, stands in
+    # scores are of other examples, that this run never trains on; their number, and that of those trained on, stands in
     # every client's line, and how long a client takes can be seen
     found["protects"] = {"student": noisy, "updates": noisy, "scores": False, "counts": False, "times": False}
     words = [
