@@ -11,7 +11,7 @@ from common.config import Config
 from common.dataset import in_pieces_of, load_tokenizer, tokenizer_hash
 from common.errors import InputError
 from common.families import family_of
-from common.hashing import hash_json, hash_tensors
+from common.hashing import hash_file, hash_json, hash_tensors
 from common.models import load_teacher
 from common.progress import Progress
 from common.recipe import BY_PLACE
@@ -31,7 +31,7 @@ class Origin:
     Attributes:
         folder: where its tokenizer lies.
         tokens: the train table in its pieces.
-        key: hash of its weights and its tokenizer's files; empty: it is the teacher.
+        key: hash of its weights, its configuration and its tokenizer's files; empty: it is the teacher.
         own_pieces: whether it cuts text in another way than the teacher.
         name: what an error calls it.
     """
@@ -75,7 +75,8 @@ def open_origin(config: Config, lesson: Lesson, progress: Progress) -> Origin:
     torch.manual_seed(seed_for(config.seed, "student-head"))
     fresh = {} if source.head else head_of(data.task)
     model = load_teacher(source.folder, complete=not fresh, key=KEY, **fresh)
-    key = hash_json([hash_tensors(model.state_dict()), tokenizer_hash(source.folder)])
+    config_hash = hash_file(source.folder / "config.json")  # other activations are another model of the same weights
+    key = hash_json([hash_tensors(model.state_dict()), config_hash, tokenizer_hash(source.folder)])
     mine, theirs = (_document(folder) for folder in (source.folder, lesson.teacher.folder))
     _check_compared(config, model, mine, theirs)
     tokens = data.train.tokens

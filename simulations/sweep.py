@@ -22,6 +22,7 @@ from simulations.sweep_file import Planned, Sweep
 from simulations.table import Row, Sheet, markdown, percent, points, show
 
 WAITING = "waiting"
+NO_SCORE = "it has no score"  # as where there is no validation split
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Done:
 
     Attributes:
         status: ``completed``, ``failed``, ``interrupted`` or ``waiting``.
-        problem: why it failed.
+        problem: why it failed, or why there is no ceiling beside it.
         metric: the task's headline metric.
         found: what was measured; empty unless completed.
     """
@@ -69,6 +70,8 @@ def sweep(
     console.print(f"folder  {out}", markup=False, highlight=False, soft_wrap=True)
     if failed := [str(run.folder) for run, done in results.items() if done.status != "completed"]:
         raise RunFailed(f"{len(failed)} of {len(results)} runs: {', '.join(failed)}; --resume tries them again")
+    if lacking := [run.name for run, done in results.items() if done.problem and not done.problem.endswith(NO_SCORE)]:
+        raise RunFailed(f"no ceiling beside {len(lacking)} of {len(results)} runs: {', '.join(lacking)}; try --resume")
     return results
 
 
@@ -134,11 +137,12 @@ def _with_ceiling(
     """The same with the ceiling of its task, teacher and seed beside it; runs share one."""
     if run.ceiling_key not in known:
         folder = out / run.folder.with_name(f"ceiling-{run.seed}")
-        summary, last = read_json(folder / "summary.json"), "it has no score"
+        summary, last = read_json(folder / "summary.json"), NO_SCORE
         if summary is None or not _same(summary.get("keys", {}), run):
             (folder / "summary.json").unlink(missing_ok=True)
             code, last = run_child(["ceiling", *as_settings(run.keys), "--out", str(folder)], tell)
             summary = None if code else read_json(folder / "summary.json")
+            last = last if code else NO_SCORE
         score = (summary or {}).get("validation", {}).get(done.metric)
         known[run.ceiling_key] = score, "" if score is not None else f"no ceiling: {last}"
     score, problem = known[run.ceiling_key]

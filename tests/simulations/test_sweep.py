@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from common.config import load_config, read_settings
-from common.errors import InputError
+from common.errors import InputError, RunFailed
 from simulations.child import as_settings
 from simulations.sweep import Done, by_task, sweep, sweep_sheet, write_results
 from simulations.sweep_file import read_sweep
@@ -131,6 +131,38 @@ def test_a_run_of_other_keys_is_not_continued(plan, tmp_path):
     with pytest.raises(InputError, match=r"seed-0: --resume with another configuration: rounds = 5 \(was 9\), stud"):
         sweep(plan, tmp_path / "out", resume=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["base"]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A sweep of one run that is done already, all but its ceiling; its data are nowhere."""
+    (tmp_path / "a.toml").write_text(f'task = "sst2"\nceiling = true\n[data]\nsource = "{tmp_path}/none"\n')
+    plan = read_sweep(tmp_path / "a.toml")
+    (run,) = plan.runs
+    folder = tmp_path / "out" / run.folder
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(run.config.toml())
+    scores = {"federated": {"accuracy": 0.8}, "validation": {}, "params": 10}
+    cost = {"bytes_up": 1, "bytes_down": 1, "wall_s": 1.0}
+    summary = {"status": "completed", "metric": "accuracy", "teacher": scores, "student": scores, "cost": cost}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return plan, run, folder.with_name(f"ceiling-{run.seed}")
+
+
+def test_a_ceiling_that_fails_is_told_by_the_exit_code(finished, tmp_path, capsys):
+    plan, _, _ = finished
+    with pytest.raises(RunFailed, match=r"no ceiling beside 1 of 1 runs: .*; try --resume"):
+        sweep(plan, tmp_path / "out", resume=True)
+    assert "no ceiling: " in capsys.readouterr().out
+
+
+def test_a_ceiling_without_a_score_is_no_failure(finished, tmp_path, capsys):
+    plan, run, ceiling = finished
+    ceiling.mkdir()
+    (ceiling / "summary.json").write_text(json.dumps({"keys": run.config.flat(), "validation": {}}))
+    (found,) = sweep(plan, tmp_path / "out", resume=True).values()
+    assert found.found["ceiling"] is None
+    assert found.problem == "no ceiling: it has no score"
 
 
 def test_keys_survive_the_way_through_a_command_line():
