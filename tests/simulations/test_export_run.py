@@ -4,6 +4,8 @@ import json
 import math
 import resource
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from common.inference import predict
 from common.models import load_teacher
 from common.progress import Lines, Silent
 from common.slim import Shape, cut_student, load_slim, save_slim
+from common.tasks import text_task
 from simulations import cli
 from simulations.export_card import spending_words
 from simulations.export_run import ON_CPU, check_drop, check_options, export_run, open_student, read_run
+from simulations.export_trial import _check_classes
 from tests.conftest import make_sentences, make_teacher, make_tokens, stir
 
 LABELS = ("bad", "good")
@@ -199,3 +203,20 @@ def test_a_full_disk_leaves_nothing(run, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("learnt", "there", "fits"),
+    [
+        (("bad", "good"), ("bad", "good"), True),
+        (("LABEL_0", "LABEL_1"), ("bad", "good"), True),  # a head of before names them as it likes
+        (("Bad", "good"), ("bad", "Good"), True),
+        (("bad", "good", "ok"), ("good", "ok", "superb"), False),
+        (("bad", "good"), ("good", "bad"), False),
+        (("LABEL_0", "LABEL_1"), ("bad", "good", "ok"), False),
+    ],
+)
+def test_a_file_that_was_written_over_with_other_classes_names_none_of_a_students(learnt, there, fits):
+    student = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(learnt)), num_labels=len(learnt)))
+    with nullcontext() if fits else pytest.raises(InputError, match=r"data\.source has other classes by now"):
+        _check_classes(text_task(("text",), there, "label", False), student)
