@@ -87,12 +87,14 @@ def answers(folder: ClientFolder) -> bool:
 def _refusal(folder: ClientFolder, response: httpx.Response) -> Exception:
     """The error for an answer that is not what was asked for."""
     address = folder.settings.address
-    if response.status_code in (502, 503, 504):
+    if response.status_code >= 500 or response.status_code in (408, 413, 429):  # its own trouble, or a proxy's
         return Unreachable(f"{address} answers with {response.status_code}")
     if response.status_code in (404, 405):
         return InputError(f"{address}: no fedistill server; correct host and port in {folder.path / 'client.toml'}")
     if "date" in response.headers:
-        apart = abs(datetime.now(UTC) - parsedate_to_datetime(response.headers["date"]))
+        apart = timedelta()
+        with suppress(ValueError, TypeError):  # no date, or one without a zone
+            apart = abs(datetime.now(UTC) - parsedate_to_datetime(response.headers["date"]))
         if apart > CLOCK_TOLERANCE:
             return InputError(f"the clocks of this machine and of {address} are {apart} apart; set this one right")
     return KeyRefused(

@@ -8,12 +8,11 @@ import time
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
 
 from common.bundle import bundle, unbundled
 from common.wire import Instruction
 from server.exchange import POLL_SECONDS, Exchange, Take
-from server.joining import keys_for_clients, task_text
+from server.joining import is_away, keys_for_clients, task_text
 from server.phase import Phase
 
 AWAY = "its device is away"
@@ -57,7 +56,7 @@ class EdgeExchange(Exchange):
         others = [one for one in self._sent if one.clients == clients]
         if reply.has_error() and others:
             return  # the same question is on its way
-        if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+        if is_away(reply):
             assert self.phase is not None
             self._again.update(dict.fromkeys(clients, False))
             self.phase.fail(clients, AWAY)
@@ -76,13 +75,16 @@ class EdgeExchange(Exchange):
         """Wait for a client that is to be tried again; False: it was not there until time was up."""
         phase, homes, told = self.phase, self.federation.homes, False
         assert phase is not None
+        over = phase.began + self.config.server.round_timeout
+        if time.monotonic() > over and not any(self._again.values()):  # there, and away again whenever they are asked
+            return False
         while not {homes[client] for client in self._again} & set(grid.get_node_ids()):
             for client in self.federation.struck_off() & set(self._again):
                 del self._again[client]
                 phase.fail([client], STRUCK_OFF)
             if not self._again:
                 return False
-            if time.monotonic() > phase.began + self.config.server.round_timeout:
+            if time.monotonic() > over:
                 return False
             if not told:
                 away = ", ".join(str(client) for client in sorted(self._again))

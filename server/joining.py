@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
 from common.array_bytes import WireError
 from common.config import Config
@@ -86,15 +86,17 @@ def join(
                 client = waiting.pop(reply.metadata.reply_to_message_id, -1)
                 if client < 0 or client in found:
                     continue
-                if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                    asked.pop(client)  # it was there a moment ago
+                if is_away(reply):
+                    asked.pop(client, None)  # it was there a moment ago
                     continue
+                known = client in refused
                 try:
                     found[client] = _accept(reply, client, homes[client])
+                    refused.pop(client, None)  # an earlier question of two that are out was lost
                 except WireError as error:
                     refused[client] = str(error)
                     progress.line(f"client {client} cannot join: {error}")
-                step.advance(1)
+                step.advance(not known)
             time.sleep(POLL_SECONDS)
     if len(found) < max(least, 1):
         first = next((f"; the first: client {client}: {why}" for client, why in sorted(refused.items())), "")
@@ -102,6 +104,12 @@ def join(
             f"{len(found)} of {len(homes)} clients have joined in {seconds:.0f} s; {least} are needed{first}"
         )
     return found
+
+
+def is_away(reply: Message) -> bool:
+    """Whether the SuperLink says that a node is not there. A client that says so of itself has failed."""
+    told = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+    return told and reply.metadata.src_node_id == SUPERLINK_NODE_ID
 
 
 def _question(client: int, keys: str, task: str) -> Instruction:

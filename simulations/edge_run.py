@@ -53,17 +53,12 @@ def run_on_edge(
 
             control_of(edge)
             prepared()
-            lost = time.monotonic()
-
-            def found() -> None:
-                nonlocal lost
-                lost = time.monotonic()
-
+            absence = Absence()
             while True:
                 try:
-                    return _attempt(edge, config, folder, progress, stop, found, least=least, wait=wait)
+                    return _attempt(edge, config, folder, progress, stop, absence.end, least=least, wait=wait)
                 except LinkLost as error:
-                    if time.monotonic() - lost > LOST_SECONDS:
+                    if absence.is_too_long():
                         raise
                     progress.line(f"{error}; trying again")
                 if stop.wait(AGAIN_SECONDS):
@@ -71,6 +66,22 @@ def run_on_edge(
                 folder.take_up()
 
         return in_foreground(folder, config, work)
+
+
+class Absence:
+    """Of the SuperLink: it is waited for so long from when it was missed, however long the run went well before."""
+
+    def __init__(self) -> None:
+        self._since: float | None = time.monotonic()
+
+    def end(self) -> None:
+        self._since = None
+
+    def is_too_long(self) -> bool:
+        """Asked whenever it is missed."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return now - self._since > LOST_SECONDS
 
 
 def for_edge(config: Config, edge: EdgeFolder) -> Config:

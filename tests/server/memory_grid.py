@@ -80,6 +80,10 @@ def kills(*poison):
     return lambda node, clients: broken(node, clients) if set(poison) & set(clients) else answer(clients)
 
 
+class OwnError(Error):
+    """One that the node itself has sent."""
+
+
 @dataclass
 class MemoryGrid:
     """Nodes by id, each a function of (node, clients) that gives what comes back.
@@ -121,7 +125,7 @@ class MemoryGrid:
             if not isinstance(given, Error) and "answers" not in given.get("clients", ()):
                 mark_answer(given, unpack_instruction(message.content), message.metadata.message_type)
             reply = Message(given, reply_to=message)
-            if isinstance(given, Error):
+            if isinstance(given, Error) and not isinstance(given, OwnError):
                 reply.metadata.__dict__["_src_node_id"] = 1  # nobody's, as Flower's word for a dead node
             self.arrived.append((due, reply))
 

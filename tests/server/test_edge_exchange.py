@@ -17,7 +17,7 @@ from server import edge_exchange
 from server.edge_exchange import EdgeExchange
 from server.exchange import StreamingGrid
 from server.intake import Summed
-from tests.server.memory_grid import ARRAYS, RUN, SHAPES, Heard, Later, MemoryGrid, answer, size_of
+from tests.server.memory_grid import ARRAYS, RUN, SHAPES, Heard, Later, MemoryGrid, OwnError, answer, size_of
 
 TIMEOUT = 3.0
 HOMES = {0: 100, 1: 101, 2: 102}
@@ -175,6 +175,23 @@ def test_an_error_while_the_same_question_is_on_its_way_again_is_no_loss(tmp_pat
     books = run.phase()
     assert books.accepted == set(HOMES)
     assert (books.failed, books.recovered) == ({}, set())
+
+
+def test_a_client_that_calls_itself_away_has_failed(tmp_path):
+    """Only the SuperLink's word is believed: whoever is there and says so would be waited for without end."""
+    itself = OwnError(code=ErrorCode.NODE_UNAVAILABLE, reason="away")
+    run = Run(tmp_path, {100: well, 101: well, 102: lambda node, clients: itself})
+    books = run.phase()
+    assert books.accepted == {0, 1}
+    assert set(books.failed) == {2}
+    assert books.seconds < TIMEOUT
+
+
+def test_a_node_that_dies_of_its_work_each_time_is_given_up_when_time_is_over(tmp_path):
+    run = Run(tmp_path, {100: well, 101: well, 102: lambda node, clients: AWAY})
+    books = run.phase()
+    assert books.accepted == {0, 1}
+    assert TIMEOUT <= books.seconds < 10 * TIMEOUT
 
 
 def test_an_error_alone_gets_another_chance(tmp_path):

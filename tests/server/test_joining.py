@@ -6,7 +6,7 @@ import threading
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.config import from_flat
@@ -154,6 +154,39 @@ def test_one_that_goes_away_and_comes_back_and_a_question_that_is_lost_are_asked
         if not away:
             return answer()(message)
         error = away.pop(0)
-        return None if error is None else Message(error, reply_to=message)
+        if error is None:
+            return None
+        reply = Message(error, reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+        return reply
 
     assert sorted(ask({100: answer(), 101: answer(), 102: node}, seconds=20)) == [0, 1, 2]
+
+
+def test_a_client_that_calls_itself_away_has_failed():
+    own = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="away")
+    with pytest.raises(RunFailed, match="2 of 3 clients have joined"):
+        ask({100: answer(), 101: answer(), 102: lambda message: Message(own, reply_to=message)})
+
+
+def test_who_answers_both_of_two_questions_is_one_client(monkeypatch):
+    """The first fails late, the second is well: the others have all their time still."""
+    monkeypatch.setattr("server.joining.AGAIN_SECONDS", 0.0)
+    replies = []
+
+    def twice(message):
+        replies.append(message)
+        if len(replies) == 1:
+            return Message(Error(code=1, reason="OSError"), reply_to=message)
+        return answer()(message)
+
+    class Two(Grid):
+        def pull_messages(self, ids):
+            return super().pull_messages(ids) if len(replies) > 1 else []
+
+    nodes = {100: answer(), 101: twice}
+    threading.Timer(0.6, nodes.__setitem__, (102, answer())).start()
+    found = join(
+        Two(nodes), HOMES, CONFIG, TASK, least=3, seconds=20, progress=Silent(), stopped=lambda: False
+    )  # fmt: skip
+    assert sorted(found) == [0, 1, 2]
