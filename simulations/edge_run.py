@@ -15,6 +15,7 @@ from common.errors import InputError, Interrupted, RunFailed
 from common.keys import AT_CLIENTS, VOTING
 from common.progress import Progress
 from common.store import write_atomically
+from common.wire import Joined
 from server.app import default_folder
 from server.edge_folder import EdgeFolder
 from server.run_folder import RunFolder
@@ -145,11 +146,13 @@ def _attempt(  # noqa: PLR0917
             grid, asked, config, corpus.task, least=1 if before else least or len(asked), seconds=wait,
             progress=progress, stopped=stop.is_set,
         )  # fmt: skip
-        sizes = {client: (one.train, one.heldout) for client, one in joined.items()}
-        members = before or sizes
-        for client in sorted(members):
-            if client in sizes and sizes[client] != members[client]:
-                raise RunFailed(f"client {client} has other data than when the run began; start a new run")
+        members = before or {client: (one.train, one.heldout) for client, one in joined.items()}
+        for client in with_other_data(joined, members):
+            progress.line(f"client {client} is left out: it has other data than when the run began")
+            homes[client] = GONE
+            del joined[client]
+        if not joined:
+            raise RunFailed("every client has other data than when the run began; start a new run")
         federation = prepare(config, progress, replace(corpus, sizes=members))
         write_members(folder.path, members)
         federation.homes = {client: homes.get(client, GONE) for client in members}
@@ -171,3 +174,8 @@ def write_members(run: Path, members: Mapping[int, tuple[int, int]]) -> None:
     write_atomically(
         run / MEMBERS, json.dumps({str(client): list(sizes) for client, sizes in members.items()}).encode()
     )
+
+
+def with_other_data(joined: Mapping[int, Joined], members: Mapping[int, tuple[int, int]]) -> list[int]:
+    """Those who say other numbers of examples, trained on and held out, than when the run began."""
+    return sorted(client for client, one in joined.items() if (one.train, one.heldout) != members[client])

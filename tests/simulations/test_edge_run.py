@@ -1,7 +1,8 @@
-"""How long a run waits for its SuperLink."""
+"""How long a run waits for its SuperLink, and with whom it goes on."""
 
+from common.wire import Joined
 from simulations import edge_run
-from simulations.edge_run import LOST_SECONDS, Absence
+from simulations.edge_run import LOST_SECONDS, Absence, with_other_data
 
 
 def test_it_is_waited_for_from_when_it_was_missed(monkeypatch):
@@ -18,3 +19,8 @@ def test_it_is_waited_for_from_when_it_was_missed(monkeypatch):
     assert not absence.is_too_long()
     now[0] += 1.1 * LOST_SECONDS
     assert absence.is_too_long()
+
+
+def test_whose_data_have_changed_is_known_by_their_numbers():
+    joined = {client: Joined(client, 8, 2, (), "1") for client in (0, 2, 3)}
+    assert with_other_data(joined, {0: (8, 2), 1: (7, 2), 2: (9, 2), 3: (8, 1)}) == [2, 3]
