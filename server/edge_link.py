@@ -1,6 +1,7 @@
 """A run on a federation's SuperLink, worked from this process as Flower's ServerApp process would."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ from server.edge_folder import EdgeFolder
 from server.roster import Roster
 
 POLL_SECONDS = 0.1
+PULL_SECONDS = 1.0  # most answers are here in less, or not yet there
 START_SECONDS = 30.0
 
 
@@ -46,6 +48,7 @@ class EdgeGrid:
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
         self._unsent: list[Message] = []  # errors in place of answers to messages that nobody took
+        self._pulls: dict[str, _Pull] = {}  # answers that come slowly, by the message they are to
 
     def get_node_ids(self) -> list[int]:
         return sorted(self._ask(self._grid.get_node_ids))
@@ -59,11 +62,21 @@ class EdgeGrid:
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Answers that are here; each by itself: what one client has sent must not touch the others' answers."""
+        """Answers that are here; each by itself: what one client has sent must not touch the others' answers.
+
+        Nor must what it has not sent: Flower waits for all of an answer, for hours if its sender likes.
+        """
         found, self._unsent = self._unsent, []
         for name in set(message_ids) - {reply.metadata.reply_to_message_id for reply in found}:
+            pull = self._pulls.pop(name, None)
+            if pull is None:
+                pull = _Pull(partial(self._grid.pull_messages, [name]))
+                pull.join(PULL_SECONDS)
+            if pull.is_alive():
+                self._pulls[name] = pull
+                continue
             try:
-                found += self._ask(partial(self._grid.pull_messages, [name]))
+                found += self._ask(pull.result)
             except LinkLost:
                 raise
             except Exception as error:  # Flower opens what clients have sent, and checks little of it before
@@ -75,6 +88,28 @@ class EdgeGrid:
             return question()
         except (httpx.HTTPError, RunNotRunningException) as error:
             raise LinkLost(f"the SuperLink does not answer ({type(error).__name__})") from None
+
+
+class _Pull(threading.Thread):
+    """An answer on its way."""
+
+    def __init__(self, pull: Callable[[], Iterable[Message]]) -> None:
+        super().__init__(daemon=True)
+        self._pull = pull
+        self._found: list[Message] = []
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found = list(self._pull())
+        except Exception as error:  # raised where it is asked for
+            self._error = error
+
+    def result(self) -> list[Message]:
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 def _error(answered: str, reason: str) -> Message:
