@@ -17,7 +17,9 @@ def save_ceiling(config: Config, out: Path) -> None:
     target = out / "summary.json"
     if target.exists():
         raise InputError(f"--out {out}: holds a summary.json already; give a new folder")
-    make_folder(out, "--out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file; give a folder")
+    make_folder(out.parent, "--out")
     progress = progress_for(console_on(sys.stdout))
     ceiling = prepare_ceiling(config, progress)
     summary = {

@@ -164,7 +164,7 @@ def test_data_that_change_or_go_away_are_told_and_the_others_go_on(federation, k
     shutil.move(texts / "private" / "1.csv", texts / "elsewhere.csv")
     until(lambda: run.process.poll() is not None or "client 1 failed" in run.text(), run.text)
     assert run.exit_code() == 1
-    assert "client 0 failed: its data are not those that it has joined with" in run.text()
+    assert "client 0 failed: its data, or their cut, are not those that it has joined with" in run.text()
     assert "client 1 failed: its data file does not fit the task" in run.text()
     log = (home(federation.folder, 1) / "state" / "worker.log").read_text()
     assert f"{texts / 'private' / '1.csv'}: no such file" in log
