@@ -111,6 +111,15 @@ class Cohort:
         phase = run.exchange.collect(streaming, streaming.send_and_receive(messages, timeout=1.0), words.take)
         return phase.accepted, self.secure.open(words, phase.accepted, streaming)
 
+    def masked_once(self):
+        """Has all members' words masked, and no sum opened; what its nodes were asked."""
+        ready = self.secure.begin("train", 1, self.run.clients, self.run.streaming)
+        messages = self.run.exchange.open("train", 1, ready, grid=self.run.streaming, arrays={}, info="")
+        asked = [unpack_instruction(message.content) for message in messages]
+        self.run.streaming.grid.push_messages(messages)
+        assert {kind for kind, _ in self.seen} >= {"train"} and asked
+        return asked
+
     def kept(self):
         """All that lies on the clients' disks."""
         return {str(path): path.read_text() for path in self.folder.glob("secure-sums/*/*/*.json")}
@@ -220,19 +229,7 @@ def test_a_client_tells_one_kind_of_share_of_each_peer_and_nothing_when_asked_fo
 
 def test_the_same_masks_never_cover_two_updates(tmp_path):
     cohort = Cohort(tmp_path, 4)
-    asked, true = [], cohort.answer
-
-    def record(node, clients):
-        message = cohort.run.grid.messages[-1]
-        if message.metadata.message_type == "train":
-            asked.append(unpack_instruction(message.content))
-        return true(node, clients)
-
-    cohort.run.grid.nodes = {1: record, 2: record}
-    ready = cohort.secure.begin("train", 1, range(4), cohort.run.streaming)
-    cohort.run.streaming.grid.push_messages(
-        cohort.run.exchange.open("train", 1, ready, grid=cohort.run.streaming, arrays={}, info="")
-    )
+    asked = cohort.masked_once()
     first = [reply["update"]["masked"].numpy() for kind, reply in cohort.seen if kind == "train"]
     again = [masked_sum(cohort.worker, "train", one, lambda i: cohort.train(i, set())) for one in asked]
     assert all((one["update"]["masked"] == two).all() for (one, _), two in zip(again, first, strict=True))
@@ -250,19 +247,7 @@ def test_the_same_masks_never_cover_two_updates(tmp_path):
 
 def test_what_is_noised_anew_each_time_is_masked_once_and_its_budget_not_spent_again(tmp_path):
     cohort = Cohort(tmp_path, 4, **{"privacy.unit": "example", "privacy.epsilon": 8.0})
-    asked, true = [], cohort.run.grid.nodes[1]
-
-    def record(node, clients):
-        message = cohort.run.grid.messages[-1]
-        if message.metadata.message_type == "train":
-            asked.append(unpack_instruction(message.content))
-        return true(node, clients)
-
-    cohort.run.grid.nodes = {1: record, 2: record}
-    ready = cohort.secure.begin("train", 1, range(4), cohort.run.streaming)
-    cohort.run.streaming.grid.push_messages(
-        cohort.run.exchange.open("train", 1, ready, grid=cohort.run.streaming, arrays={}, info="")
-    )
+    asked = cohort.masked_once()
     for one in asked:
         groups, lines = masked_sum(cohort.worker, "train", one, lambda one: pytest.fail("it trains again"))
         assert groups == {}
