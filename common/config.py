@@ -48,6 +48,10 @@ class Config(Keys):
         check_combinations(self)
         return self
 
+    def scores_after(self, number: int) -> bool:
+        """Whether the student is scored after this round."""
+        return number % self.server.scores_every == 0 or number == self.rounds
+
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""
         found: dict[str, Scalar] = {}

@@ -320,6 +320,9 @@ class ServerKeys(Section):
     scores: Literal["final", "cohort", "all"] = Field(
         "final", description="who scores: the cohort each round (and everyone at the end: final), or all each round"
     )
+    scores_every: int = Field(
+        1, ge=1, description="score, at the clients and on public validation, after every so many rounds and the last"
+    )
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
     max_lost_fraction: Fraction = Field(
         0.5,

@@ -213,8 +213,10 @@ class ClientPrivacy:
 
     def _scorings(self, left: int) -> tuple[tuple[float, int], ...]:
         """Rates of the scoring phases that are left, and how many there are of each."""
-        everyone = {"final": min(left, 1), "cohort": 0, "all": left}[self.config.server.scores]
-        return (self.rate, left - everyone), (1.0, everyone)
+        rounds = self.config.rounds
+        scored = sum(map(self.config.scores_after, range(rounds - left + 1, rounds + 1)))
+        everyone = {"final": min(scored, 1), "cohort": 0, "all": scored}[self.config.server.scores]
+        return (self.rate, scored - everyone), (1.0, everyone)
 
     def _noise(self, what: str, planned: tuple[tuple[float, int], ...], target: float, share: float) -> float:
         """The multiplier of what is left to do: the one so far, where that is enough."""

@@ -94,10 +94,15 @@ class Journal:
         rows = tier_rows(self.federation)
         return {"tiers": [{**row, where: one} for row, one in zip(rows, found, strict=True)]} if rows else {}
 
+    def loss(self) -> str:
+        """The last round's; empty where it is not told."""
+        losses = self.history.losses
+        return f"loss {losses['loss']:.4f}" if losses else ""
+
     def latest(self) -> str:
         """Loss and score so far, short enough to stand beside a bar."""
         history, metric = self.history, self.task.headline
-        parts = [f"loss {history.losses['loss']:.4f}"] if history.losses else []
+        parts = [loss] if (loss := self.loss()) else []
         if history.student:
             parts.append(f"{metric} {history.student[metric]:.4f}")
         return ", ".join(parts)

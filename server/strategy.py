@@ -212,8 +212,10 @@ class FederatedDistillation(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         number = self.done + server_round
-        scored, last = self.config.server.scores, number == self.config.rounds
-        self.everyone = scored == "all" or (scored == "final" and last)
+        if not self.config.scores_after(number):
+            return ()
+        who, last = self.config.server.scores, number == self.config.rounds
+        self.everyone = who == "all" or (who == "final" and last)
         clients = tuple(self.exchange.sizes) if self.everyone else self.cohort
         if self.method.privacy is not None and self.config.privacy.scores_share and not self.everyone:
             clients = self.method.privacy.cohort(
@@ -223,7 +225,10 @@ class FederatedDistillation(Strategy):
         return self._ask("evaluate", number, clients, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        intake = self._scores_intake(self.done + server_round)
+        number = self.done + server_round
+        if not self.config.scores_after(number):
+            return None
+        intake = self._scores_intake(number)
         masked = None
         if self.secure is not None:
             masked = MaskedWords(layout_of(dict.fromkeys(WHO, intake.shapes)))
@@ -325,21 +330,28 @@ class FederatedDistillation(Strategy):
         self.journal.note(phase, "teach", len(new))
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Score on the public validation split, save the checkpoint, say a line. Round 0: the student as cut."""
+        """Score where the round is scored, save the checkpoint, say a line. Round 0: the student as cut."""
         number = self.done + server_round
         self.put_weights_into_student()
         if self.continued and not server_round:
             return None  # the checkpoint that this run continues from has it
+        scored = not number or self.config.scores_after(number)
+        if scored:
+            self._validate(number)
+        self.save(number)
+        if number:
+            found = self.journal.verdict() if scored else self.journal.loss()
+            self.progress.line(f"round {number}/{self.config.rounds}{found and ': '}{found}")
+        return None
+
+    def _validate(self, number: int) -> None:
+        """Score each tier's student on the public validation split."""
         federation = self.federation
         found = [
             validate(tier.model, federation.pupil.data, federation.compute, self.progress, self.exchange.tick)
             for tier in federation.tiers.tiers
         ]
         self.journal.validation(number, found)
-        self.save(number)
-        if number:
-            self.progress.line(f"round {number}/{self.config.rounds}: {self.journal.verdict()}")
-        return None
 
     def put_weights_into_student(self) -> None:
         """Bring the modules that are scored and saved up to the round's arrays."""

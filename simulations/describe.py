@@ -47,7 +47,7 @@ START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one round, in a simulation's messages; and for one client on a device of its own.
+    """Of one round that is scored, in a simulation's messages; and for one client on a device of its own.
 
     Attributes:
         down, up: training and the scoring of the cohort; a last round that everybody scores sends no more here.
@@ -207,7 +207,7 @@ def times(
         training += forward(teacher, client.epochs * float(seen.sum()) * cohort)
     held = float(data.heldout_sizes.sum()) * (1.0 if config.server.scores == "all" else cohort)
     public = sum(len(split) for split in data.validation.values())
-    a_round = (training + forward(size, held)) / cores + forward(size, public)
+    a_round = training / cores + (forward(size, held) / cores + forward(size, public)) / config.server.scores_every
     a_round = max(a_round, max(each, default=0.0))  # the largest client is one worker's
     keys, rows = config.teacher, float(len(data.public))
     tuning = train(teacher, keys.epochs * rows, keys.token_budget) if tune else 0.0

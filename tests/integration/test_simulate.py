@@ -124,6 +124,21 @@ def test_the_student_has_the_same_bits_for_any_number_of_workers(fedistill, tiny
     assert len(set(bits.values())) == 1, bits
 
 
+def test_rounds_that_are_not_scored_change_nothing_but_the_scores(fedistill, tiny, tmp_path):
+    keys = [*tiny, "-s", "rounds=5"]
+    done = fedistill("simulate", *keys, "-s", "server.scores-every=2", "--out", "rare")
+    assert done.returncode == 0, done.stderr
+    assert fedistill("simulate", *keys, "--out", "each").returncode == 0
+    rare, each = ({(line["round"], line["phase"]): line for line in read_lines(tmp_path / name)}
+                  for name in ("rare", "each"))  # fmt: skip
+    missing = [(number, phase) for number in (1, 3) for phase in ("evaluate", "validation")]
+    assert each == rare | {one: each[one] for one in missing}
+    assert sorted(set(each) - set(rare)) == missing
+    assert read_summary(tmp_path / "rare")["student_sha256"] == read_summary(tmp_path / "each")["student_sha256"]
+    told = [line for line in done.stdout.splitlines() if re.match(r"\s*round [1-5]/5: ", line)]
+    assert ["accuracy" in line for line in told] == [False, True, False, True, True], told
+
+
 def test_a_round_equals_the_same_clients_trained_without_flower(fedistill, tiny, tmp_path):
     from clients.worker import Worker
     from common.fixed_point import mean

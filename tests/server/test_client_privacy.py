@@ -282,6 +282,10 @@ def test_scores_of_cohorts_and_of_everyone_at_the_end_are_planned_for():
     assert mechanism._scorings(4) == ((0.25, 3), (1.0, 1))
     assert privacy(server__scores="all")._scorings(4) == ((0.25, 0), (1.0, 4))
     assert privacy(server__scores="cohort")._scorings(4) == ((0.25, 4), (1.0, 0))
+    rare = privacy(server__cohort=5, server__scores_every=3, rounds=8)  # after rounds 3, 6 and 8
+    assert rare._scorings(8) == ((0.25, 2), (1.0, 1))
+    assert rare._scorings(5) == ((0.25, 1), (1.0, 1))
+    assert rare._scorings(1) == ((0.25, 0), (1.0, 1))
 
 
 def test_counts_are_noised_by_what_a_client_can_add_to_both_tables():
