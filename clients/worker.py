@@ -352,9 +352,9 @@ class Worker:
         """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
         examples = self._examples(client)
         count = len(examples.rows)
-        if (most := self.config.client.most_of(count)) < count:
+        if (part := self.config.client.part_of(count)) < count:
             rng = generator(self.config.seed, "examples", instruction.round, client)
-            places = np.sort(rng.choice(count, most, replace=False))
+            places = np.sort(rng.choice(count, part, replace=False))
             examples = replace(examples, rows=examples.rows[places], soft=examples.soft[places])
         return self._round_recipe(instruction, int(self.tier_of[client])), examples, self.teacher
 

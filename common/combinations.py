@@ -149,8 +149,7 @@ def _student_of_its_own(config: Keys) -> None:
 def _check_batches(config: Keys) -> None:
     keys = config.client
     spending = {
-        "examples": keys.examples, "max-seconds": keys.max_seconds, "energy-budget": keys.energy_budget,
-        "memory-limit": keys.memory_limit,
+        "max-seconds": keys.max_seconds, "energy-budget": keys.energy_budget, "memory-limit": keys.memory_limit
     }  # fmt: skip
     for name, value in spending.items():
         if value and config.server.strategy in KEEPING:
@@ -158,6 +157,11 @@ def _check_batches(config: Keys) -> None:
                 f"client.{name} = {value}: with server.strategy = {config.server.strategy!r} a client trains more than "
                 "one model; give 0"
             )
+    if keys.share < 1.0 and config.server.strategy in KEEPING:
+        raise ValueError(
+            f"client.share = {keys.share}: with server.strategy = {config.server.strategy!r} a client trains more than "
+            "one model; give 1"
+        )
     if keys.optimizer == "sgd" and config.server.strategy in KEEPING:
         raise ValueError(
             f"client.optimizer = 'sgd': with server.strategy = {config.server.strategy!r} clients train models that no "
@@ -168,10 +172,10 @@ def _check_batches(config: Keys) -> None:
             f"client.micro-budget = {AUTO_BUDGET}: with server.strategy = {config.server.strategy!r} a client trains "
             "more than one model, and the probe measures one; give a number, or 0"
         )
-    if keys.examples and config.distill.general_rounds:
+    if keys.share < 1.0 and config.distill.general_rounds:
         raise ValueError(
-            f"client.examples = {keys.examples}: distill.general-rounds = {config.distill.general_rounds} are over "
-            "whole shards; give 0 for one of them"
+            f"client.share = {keys.share}: distill.general-rounds = {config.distill.general_rounds} are over whole "
+            "shards; give 1, or no general rounds"
         )
     if not keys.grow_batch:
         return

@@ -199,7 +199,7 @@ class Work:
         micro_budget: padded pieces that pass at once; 0: the whole batch.
         longest: the most pieces a text has, or each of its windows.
         windows: the most that a text has.
-        examples: the most that a pass is over; 0: all.
+        share: of the examples that a pass is over.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
         entry_bytes: bytes up for each trained weight.
@@ -214,7 +214,7 @@ class Work:
     entry_bytes: float
     micro_budget: int = 0
     windows: int = 1
-    examples: int = 0
+    share: float = 1.0
 
     @property
     def passing(self) -> int:
@@ -235,7 +235,7 @@ class Work:
             entry_bytes=SUM if packed else UP[server.wire] + 3 * server.topk * (server.wire == "topk"),
             micro_budget=max(keys.micro_budget, 0),  # where a device looks for its own: no more than a batch
             windows=config.data.windows,
-            examples=keys.examples,
+            share=keys.share,
         )
 
 
@@ -294,7 +294,7 @@ def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) 
     """What a student costs a device in one round."""
     speed, length = Speed.of(profile), min(profile.length, work.longest)
     # batches of the padded pieces of all examples
-    rows = work.epochs * min(profile.examples, work.examples or profile.examples) * PADDING
+    rows = work.epochs * work.share * profile.examples * PADDING
     steps = math.ceil(rows * length / work.passing)
     compute = steps * speed.step(size, rows / steps, length)
     if work.deep:

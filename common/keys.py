@@ -203,11 +203,12 @@ class DistillKeys(Section):
 
 class ClientKeys(Section):
     epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
-    examples: int = Field(
-        0,
-        ge=0,
-        description="the most examples of the shard that a round's passes are over, drawn anew each round: a server "
-        "that adapts makes one step a round, and large shards would make rounds few; 0: all",
+    share: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="of the shard: a round's passes are over so large a part, drawn anew each round, of one example at "
+        "least; a server that adapts makes one step a round, and with whole shards rounds would be few",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw",
@@ -262,9 +263,9 @@ class ClientKeys(Section):
     )
     proximal: Weight = Field(0.01, description="mu of `fedprox`: how strongly a client is held to the round's weights")
 
-    def most_of(self, size: int) -> int:
+    def part_of(self, size: int) -> int:
         """How many of so many examples a round's passes are over."""
-        return min(size, self.examples or size)
+        return min(size, max(round(self.share * size), 1))
 
 
 class ServerKeys(Section):

@@ -95,7 +95,7 @@ def _what_unit_example_allows(config: Keys) -> None:
         f"distill.general-rounds = {distill.general_rounds}: their loss {everybody}": distill.general_rounds > 0,
         "distill.prior-correction = true: the labels of all are in each example's loss": distill.prior_correction,
         "client.grow-batch = true: a lot stays as large as privacy.lot": config.client.grow_batch,
-        f"client.examples = {config.client.examples}: lots are drawn from the whole shard": config.client.examples > 0,
+        f"client.share = {config.client.share}: lots are drawn from the whole shard": config.client.share < 1.0,
         "privacy.distributed-noise = true: that is of privacy.unit = 'client'": keys.distributed_noise,
         f"student.dropout = {student.dropout}: its masks depend on the examples beside one": student.dropout > 0,
         f"client.max-seconds = {config.client.max_seconds}: when it stops tells of the lots":

@@ -175,7 +175,7 @@ class FederatedDistillation(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         number, keys, client = self.done + server_round, self.config.server, self.config.client
         partial = client.max_seconds or client.energy_budget or self.federation.homes  # a device's owner may set limits
-        sizes = {one: client.most_of(size) for one, size in self.exchange.sizes.items()}
+        sizes = {one: client.part_of(size) for one, size in self.exchange.sizes.items()}
         sizes = UpTo(sizes) if partial else sizes
         intake, masked, losses = self.method.intake(number, self.weights, sizes), None, None
         if self.secure is not None:

@@ -72,7 +72,7 @@ PLAIN = {  # what the loops do; with another value an arm would not do the same 
     "student.target-ratio": 0.0,
     "student.tiers": "",
     "student.dropout": 0.0,
-    "client.examples": 0,
+    "client.share": 1.0,
     "client.optimizer": "adamw",
     "client.grow-batch": False,
     "server.strategy": "fedavg",

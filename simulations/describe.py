@@ -200,7 +200,7 @@ def times(
         return rows * training_flops(one, 1, length) / speed.rate + steps * one.layers * speed.layer_s
 
     work, client = Work.of(config), config.client
-    seen = np.array([client.most_of(int(size)) for size in data.train_sizes])
+    seen = np.array([client.part_of(int(size)) for size in data.train_sizes])
     each = [train(size, client.epochs * int(n), client.token_budget) for n in seen if n]
     training = sum(each) * cohort
     if work.deep:

@@ -136,7 +136,7 @@ class Laboratory:
         cohort = self._cohort(number)
         self.worker.rows = rows or {}
         cohort = tuple(client for client in cohort if len(self.worker.rows.get(client, (0,))))
-        sizes = {client: self.config.client.most_of(len(self.worker._rows_of(client))) for client in cohort}
+        sizes = {client: self.config.client.part_of(len(self.worker._rows_of(client))) for client in cohort}
         intake = keeping(self.method.intake(number, weights, sizes))
         if cohort:
             self.take(intake, *self.answer(number, weights, cohort))

@@ -81,7 +81,7 @@ class ClientCanaries:
             else:
                 cohort = *pick_cohort(lab.data.eligible, lab.config.server.cohort, lab.config.seed, number), *there
             real = tuple(client for client in cohort if client < first)
-            sizes = {client: lab.config.client.most_of(len(lab.worker._rows_of(client))) for client in real}
+            sizes = {client: lab.config.client.part_of(len(lab.worker._rows_of(client))) for client in real}
             intake = keeping(lab.method.intake(number, weights, sizes | dict.fromkeys(there, self.examples)))
             if real:
                 lab.take(intake, *lab.answer(number, weights, real))

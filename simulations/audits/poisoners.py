@@ -101,7 +101,7 @@ def embedding(piece: int, target: int, *, steps: int, lr: float, boost: float) -
         arrays: dict[str, Any] = {name: np.zeros(array.shape, np.float32) for name, array in received.items()}
         return ClientUpdate(
             arrays | {words: Rows(np.array([piece]), change.astype(np.float32))},
-            worker.config.client.most_of(len(rows)),
+            worker.config.client.part_of(len(rows)),
         )
 
     return forge

@@ -134,8 +134,8 @@ class Scene:
 
     def weight(self, clients: Sequence[int]) -> float:
         """Their share of the examples."""
-        most = self.lab.config.client.most_of
-        sizes = {client: most(len(rows)) for client, rows in self.rows.items()}
+        part = self.lab.config.client.part_of
+        sizes = {client: part(len(rows)) for client, rows in self.rows.items()}
         return sum(sizes[client] for client in clients) / sum(sizes.values())
 
     def plot(self, kind: str, hostile: Sequence[int]) -> Plot:

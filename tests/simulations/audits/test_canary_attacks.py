@@ -58,7 +58,7 @@ def test_canary_clients_are_found_and_stay_below_their_epsilon_under_noise(lab):
 
 
 def test_clients_that_train_on_a_part_of_their_shard_are_among_the_canaries(lab):
-    parts = lab(**{"client.examples": 8})
+    parts = lab(**{"client.share": 0.3})
     seen, take = [], parts.take
     parts.take = lambda intake, groups, lines: (take(intake, groups, lines), seen.append(set(intake.kept)))
     assert bounds(ClientCanaries(canaries=30), parts)["any scores"]["guesses"] > 0

@@ -99,10 +99,11 @@ def test_the_embedding_attack_moves_one_row_and_keeps_its_length(lab, scene):
 
 
 def test_an_attacker_counts_as_many_examples_as_it_may(lab):
-    parts = Laboratory(changed(lab.config, {"client.examples": 8}), Silent(), worker=Poisoner)
+    parts = Laboratory(changed(lab.config, {"client.share": 0.5}), Silent(), worker=Poisoner)
     scene = Scene(Poisoning(examples=0, trigger="x"), parts)
     hostile = scene.hostile(0.1)
-    assert scene.weight(hostile) == pytest.approx(1 / 6)
+    half = {client: round(0.5 * len(rows)) for client, rows in scene.rows.items()}
+    assert scene.weight(hostile) == half[hostile[0]] / sum(half.values())
     scene._obey("fedavg", 1)
     parts.worker.plot = plot = scene.plot("embedding", hostile)
     assert set(parts.round(1, parts.start, {**scene.rows, **plot.rows}).kept) == set(scene.rows)
