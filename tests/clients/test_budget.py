@@ -130,7 +130,7 @@ def test_a_client_out_of_time_sends_what_it_has_and_says_how_much(tiny_teacher, 
 
 def test_a_round_over_some_examples_is_training_on_these_alone(tiny_teacher, tmp_path):
     keys = {"data__clients": 1, "client__lr_decay": "constant"}
-    every, whole, worker = trained(tiny_teacher, tmp_path, **keys)
+    _, whole, worker = trained(tiny_teacher, tmp_path, **keys)
     rows = worker.data.shard(0).train
 
     class Chosen(Worker):
@@ -144,7 +144,7 @@ def test_a_round_over_some_examples_is_training_on_these_alone(tiny_teacher, tmp
     another, _, _ = trained(tiny_teacher, tmp_path, number=3, **keys, client__share=8 / len(rows))
     with pytest.raises(AssertionError):
         same_update(another, found)
-    least, line, _ = trained(tiny_teacher, tmp_path, **keys, client__share=1e-9)
+    _, line, _ = trained(tiny_teacher, tmp_path, **keys, client__share=1e-9)
     assert line.examples == 1
 
 
