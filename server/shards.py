@@ -67,4 +67,6 @@ def write_shards(federation: Federation, run: Path) -> None:
     """Write ``shards.json`` into a run folder, where that may be told: sizes of the shards, by client and class."""
     if may_be_told(federation):
         names, counts = label_counts(federation.data)
-        write_atomically(run / SHARDS, (json.dumps({"classes": names, "counts": counts.tolist()}) + "\n").encode())
+        sizes = np.diff(federation.data.shards.starts)  # with several labels an example is in several counts, or none
+        found = {"classes": names, "counts": counts.tolist(), "sizes": sizes.tolist()}
+        write_atomically(run / SHARDS, (json.dumps(found) + "\n").encode())

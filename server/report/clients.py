@@ -17,10 +17,9 @@ Counts = NDArray[np.int64]
 
 def shards(run: Run) -> Section:
     """Client by label, of all clients or of some that stand for them; or why nobody is told."""
-    if run.shards is None or not run.shards[1].size or not run.shards[1].any():
+    if run.shards is None or not run.shards[2].any():
         return Section(TITLE, [_why_not(run)])
-    names, counts = run.shards
-    sizes = counts.sum(axis=1)
+    names, counts, sizes = run.shards
     shown = np.sort(np.argsort(-counts.sum(axis=0), kind="stable")[:MOST_LABELS])
     order = np.flatnonzero(sizes)
     every = len(order) <= MOST_CLIENTS
@@ -36,10 +35,10 @@ def shards(run: Run) -> Section:
             "shard to the largest."
         )
     if len(shown) < len(names):
-        rest = 1.0 - counts[:, shown].sum() / counts.sum()
+        rest = 1.0 - counts[:, shown].sum() / max(counts.sum(), 1)
         note += f" The {len(shown)} commonest of {len(names):,} labels are drawn; the others have {share(rest)}."
     rows = [(f"client {one}", *(f"{count:,}" for count in (*counts[one, shown], sizes[one]))) for one in order]
-    table = Table("Private examples by client and label", ("", *common, "all labels"), rows)
+    table = Table("Private examples by client and label", ("", *common, "all"), rows)
     return Section(TITLE, [Figure(drawn, _words(counts, sizes), note, [table])])
 
 
@@ -59,7 +58,7 @@ def _words(counts: Counts, sizes: Counts) -> str:
         f"the median {np.median(held):,.0f}"
     ]
     words.append(f"a client's commonest label has {share(float(np.median(top)))} of its examples in the median")
-    if alone := int((top == 1.0).sum()):
+    if alone := int(((there > 0).sum(axis=1) == 1)[top == 1.0].sum()):
         words.append(f"{many(alone, 'client')} {'has' if alone == 1 else 'have'} one label alone")
     if left := int((sizes == 0).sum()):
         words.append(f"{many(left, 'client')} without examples {'is' if left == 1 else 'are'} left out")
@@ -67,7 +66,7 @@ def _words(counts: Counts, sizes: Counts) -> str:
 
 
 def _draw(names: list[str], counts: Counts, sizes: Counts, order: Counts, *, every: bool) -> str:
-    """Args: counts: (clients, labels) of what is shown; sizes: (clients,) of all labels."""
+    """Args: counts: (clients, labels) of what is shown; sizes: (clients,) of all."""
     from matplotlib.patches import Patch
 
     clients, labels = counts.shape
@@ -75,7 +74,7 @@ def _draw(names: list[str], counts: Counts, sizes: Counts, order: Counts, *, eve
         1.9 + 0.2 * max(labels, 3), 2, 1, sharex=True, height_ratios=(0.9, 0.2 * max(labels, 3))
     )
     shares = counts / sizes[:, None]
-    most = float(shares.max())
+    most = float(shares.max()) or 1.0  # none, where no text has any of several labels
     above.bar(range(clients), sizes, 0.8, color=COLOURS[5])
     above.set_ylabel("examples")
     above.locator_params(axis="y", nbins=3)

@@ -115,7 +115,10 @@ def bytes_per_round(run: Run) -> Section:
 
 def faults(run: Run) -> Section:
     """Who was lost, per round."""
-    words = fault_words(run.summary) if "faults" in run.summary else "no client was asked yet"
+    if "faults" in run.summary:
+        words = fault_words(run.summary)
+    else:
+        words = "who was lost is told when a run ends" if run.lines else "no client was asked yet"
     words = f"{words[0].upper()}{words[1:]}."
     by_kind = {kind: _lost(run, kind) for kind in KINDS}
     shown = {kind: found for kind, found in by_kind.items() if found}

@@ -19,6 +19,7 @@ UNFINISHED = "unfinished"
 MOST_SHOWN = 60  # characters of a value that is refused
 FAULTS = ("failed", "rejected", "late")
 Line = dict[str, Any]
+Shards = tuple[list[str], NDArray[np.int64], NDArray[np.int64]]  # classes, (clients, classes) of each, (clients,) of all
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Run:
             `UNFINISHED`.
         keys: the configuration, dotted.
         lines, costs: of metrics.jsonl and costs.jsonl.
-        shards: names of the classes and (clients, classes) examples; None: they are not told.
+        shards: see `Shards`; None: they are not told.
         kept: the student's shape as slim/shape.json has it; empty: there is none yet.
     """
 
@@ -39,7 +40,7 @@ class Run:
     keys: dict[str, Scalar]
     lines: Sequence[Line]
     costs: Sequence[Line]
-    shards: tuple[list[str], NDArray[np.int64]] | None
+    shards: Shards | None
     kept: Line
 
     @property
@@ -109,11 +110,13 @@ def _flat(document: Mapping[str, Any]) -> dict[str, Scalar]:
     return found
 
 
-def _shards(folder: Path) -> tuple[list[str], NDArray[np.int64]] | None:
+def _shards(folder: Path) -> Shards | None:
     found = _object(folder / SHARDS)
     if not found or not {"classes", "counts"} <= found.keys():
         return None
-    return [str(name) for name in found["classes"]], np.asarray(found["counts"], dtype=np.int64)
+    counts = np.asarray(found["counts"], dtype=np.int64)
+    sizes = np.asarray(found.get("sizes", counts.sum(axis=1)), dtype=np.int64)
+    return [str(name) for name in found["classes"]], counts, sizes
 
 
 def _so_far(keys: Mapping[str, Scalar], lines: Sequence[Line], costs: Sequence[Line]) -> Line:
@@ -137,6 +140,8 @@ def _so_far(keys: Mapping[str, Scalar], lines: Sequence[Line], costs: Sequence[L
     total = {name: sum(line[name] for line in costs) for name in ("bytes_up", "bytes_down", "seconds")}
     rate = examples / seconds if seconds else 0.0
     faults = {name: sum(len(line.get(name, ())) for line in lines) for name in FAULTS}
+    faults["retried"] = sum(len(line.get("recovered", ())) for line in costs)
+    hidden = keys.get("privacy.unit") == "client" or keys.get("privacy.secure-aggregation")  # no journal names them all
     return found | {
         "metric": metrics[0],
         "teacher": {"federated": last["teacher"], "validation": {}},
@@ -144,7 +149,7 @@ def _so_far(keys: Mapping[str, Scalar], lines: Sequence[Line], costs: Sequence[L
         "retention": {"federated": last.get("retention"), "validation": None},
         "privacy": _spent(keys, train),
         "cost": {**total, "train_s": seconds, "examples": examples, "examples_per_s": rate},
-        "faults": faults | {"retried": sum(len(line.get("recovered", ())) for line in costs)},
+        **({} if hidden else {"faults": faults}),
     }
 
 

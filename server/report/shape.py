@@ -1,7 +1,7 @@
 """The student's shape drawn against its teacher's: layers, heads, neurons and word pieces that are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.report.page import Figure, Section, Table
@@ -39,16 +39,17 @@ def shape(run: Run) -> Section:
     if student is None:
         return Section(TITLE, ["Not there: the student's shape is told when a run ends."])
     if teacher is None:
-        said = f"Of the teacher no shape is told: an earlier version wrote this run. {_words_alone(student)}"
+        said = f"Of the teacher no shape is told: an earlier version wrote this run. {_words_alone(student)}."
         return Section(TITLE, [said, _table([student])])
     foreign = bool(run.key("student.model")) or max(student.layers) >= len(teacher.layers)
     note = "Squares are attention heads, bars the neurons of the feed-forward network, the block below the word pieces."
     note += (
         " What is left out is empty." if not foreign else " The student was cut from another model than the teacher."
     )
-    figure = Figure(
-        _draw(teacher, student, foreign=foreign), _words(teacher, student), note, [_table([teacher, student])]
-    )
+    if foreign:  # its heads have no place among the teacher's
+        student = replace(student, heads=tuple(tuple(range(len(each))) for each in student.heads))
+    words = _words_alone(student, teacher) if foreign else _words(teacher, student)
+    figure = Figure(_draw(teacher, student, foreign=foreign), words, note, [_table([teacher, student])])
     return Section(TITLE, [figure])
 
 
@@ -82,8 +83,14 @@ def _words(teacher: Model, student: Model) -> str:
     )
 
 
-def _words_alone(student: Model) -> str:
-    return f"The student has {len(student.layers)} layers with {len(student.heads[0])} heads each."
+def _words_alone(student: Model, teacher: Model | None = None) -> str:
+    words = f"The student has {len(student.layers)} layers with {len(student.heads[0])} heads each"
+    if teacher is None:
+        return words
+    return (
+        f"{words}, {student.neurons:,} neurons in each, and {student.pieces:,} word pieces{_rank(student)}: "
+        f"{student.params:,} parameters, {share(student.params / teacher.params)} of its teacher's {teacher.params:,}."
+    )
 
 
 def _rank(model: Model) -> str:

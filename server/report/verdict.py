@@ -33,10 +33,11 @@ def _kept(run: Run, place: str) -> str:
     found, below = (summary[who][place].get(metric) for who in ("student", "teacher"))
     if found is None:
         return ""
-    scored = run.of("evaluate")[-1:]
-    asked = next((line.get("clients") for line in scored), None) or summary["clients"]
-    clients = many(asked, "client") if asked else "the clients"
+    line = next(iter(run.of("evaluate" if place == "federated" else "validation")[-1:]), {})
+    clients = many(line["clients"], "client") if line.get("clients") else "the clients"
     where = f"on text that stayed with {clients}" if place == "federated" else "on public validation"
+    if (after := line.get("round", summary["rounds"])) != summary["rounds"]:
+        where += f" as scored after round {after}" if after else " as scored before round 1"
     if (kept := summary["retention"].get(place)) is not None:
         return f"keeps {share(kept)} of its teacher's {metric} {where} ({number(found)} against {number(below)})"
     return f"reaches {metric} {number(found)} {where}" + ("" if below is None else f" (its teacher {number(below)})")
@@ -65,8 +66,11 @@ def facts(run: Run) -> Iterator[Fact]:
         memory = f", {size(1e6 * cost['peak_rss_mb'])} of memory at the server" if "peak_rss_mb" in cost else ""
         yield Fact("Time", span(cost["wall_s"]), f"in all{memory}")
     yield _privacy(summary.get("privacy", {}))
-    lost = sum(count for name, count in summary["faults"].items() if name != "retried")
-    yield Fact("Clients lost", str(lost or "none"), fault_words(summary))
+    if (faults := summary.get("faults")) is None:
+        yield Fact("Answers lost", "not known", "they are told when a run ends")
+        return
+    lost = sum(count for name, count in faults.items() if name != "retried")
+    yield Fact("Answers lost", str(lost or "none"), fault_words(summary))
 
 
 def _privacy(block: dict[str, Any]) -> Fact:

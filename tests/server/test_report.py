@@ -78,7 +78,7 @@ def test_the_verdict_comes_first(finished):
     facts = " ".join(finished.texts["dl"])
     for said in (
         "40.0 %", "400 of 1,000 parameters", "Examples per second50", "15.3 kB", "9 kB to the clients", "no epsilon",
-        "Clients lost21 failed, 1 late and 1 lost at first and asked again",
+        "Answers lost21 failed, 1 late and 1 lost at first and asked again",
     ):  # fmt: skip
         assert said in facts, said
 
@@ -143,6 +143,65 @@ def test_a_run_that_was_killed_tells_what_it_wrote(tmp_path):
     assert "it is told when a run ends" in facts
     assert "is told when a run ends" in parts["The student's shape"]
     assert len(found.of("svg")) == 7
+
+
+def test_a_score_of_an_earlier_round_is_told_with_its_round(tmp_path):
+    """As of a run that is scored seldom, or was killed between training and scoring."""
+    make_run(tmp_path, killed=True)
+    journal = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[:-1]]
+    kept = [line for line in lines if line["phase"] == "train" or line["round"] < 3]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    said = read(tmp_path).texts["p"][0]
+    assert "goes on, after 3 rounds." in said
+    assert "on text that stayed with 4 clients as scored after round 2 (0.5667 against" in said
+    assert "0.6167 on public validation as scored after round 2." in said
+    journal.write_text("".join(json.dumps(line) + "\n" for line in kept if line["phase"] == "train" or not line["round"]))
+    assert "on public validation as scored before round 1." in read(tmp_path).texts["p"][0]
+
+
+@pytest.mark.parametrize("hidden", [{"privacy__unit": "client"}, {"privacy__secure_aggregation": True}])
+def test_who_was_lost_is_not_made_up_where_the_journals_do_not_tell(tmp_path, hidden):
+    found = read(make_run(tmp_path, killed=True, **hidden))
+    assert "Answers lostnot known" in " ".join(found.texts["dl"])
+    assert "Who was lost is told when a run ends." in sections(found)["Faults"]
+
+
+def test_how_many_clients_scored_is_not_made_up_where_the_journals_do_not_tell(tmp_path):
+    make_run(tmp_path, privacy__unit="client", privacy__noise_multiplier=1.0, clients=50, server__cohort=2)
+    journal = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text("".join(json.dumps({**line, "clients": None}) + "\n" for line in lines))
+    assert "accuracy on text that stayed with the clients (" in read(tmp_path).texts["p"][0]
+
+
+def test_a_student_of_another_model_is_not_told_as_a_part_of_its_teacher(tmp_path):
+    run = make_run(tmp_path, student__model="other")
+    (run / "slim").mkdir()
+    (run / "slim" / "shape.json").write_text(json.dumps({"layers": [0, 3], "heads": [[7], [9]]}))
+    said = sections(read(run))["The student's shape"]
+    assert "The student has 2 layers with 1 heads each, 16 neurons in each, and 50 word pieces" in said
+    assert "of 4 layers" not in said
+    assert read_run(run).kept["heads"] == [[7], [9]]
+
+
+def test_shards_of_several_labels_are_as_large_as_they_have_texts(tmp_path):
+    run = make_run(tmp_path, clients=2)
+    found = {"classes": ["a", "b"], "counts": [[10, 10], [0, 0]], "sizes": [10, 4]}
+    (run / "shards.json").write_text(json.dumps(found))
+    said = sections(read(run))["The clients' shards"]
+    assert "2 clients hold 14 private examples, 4 to 10 each" in said
+    assert "one label alone" not in said and "left out" not in said
+
+
+def test_what_a_run_resolves_by_itself_is_not_told_as_given(tmp_path):
+    keys = configuration(read_run(make_run(tmp_path, rounds=5, clients=10)))
+    first = Page(page("t", "v", (), [keys])).texts["section"][0].split("All ")[0]
+    for key in ("data.partition", "server.lr", "server.packing", "server.wire"):
+        assert key not in first
+    keys = configuration(read_run(make_run(tmp_path, server__wire="fp16", server__lr=0.5)))
+    first = Page(page("t", "v", (), [keys])).texts["section"][0].split("All ")[0]
+    assert "server.lr0.51.0" in first and 'server.wire"fp16""fp32"' in first
 
 
 def test_a_run_that_was_killed_before_its_first_score_has_a_report(tmp_path):

@@ -70,4 +70,4 @@ def test_shards_are_told_only_where_nothing_is_protected(tmp_path, keys, homes, 
     assert path.is_file() == told
     if told:
         found = json.loads(path.read_text())
-        assert found == {"classes": ["negative", "positive"], "counts": [[2, 1], [0, 0], [1, 1]]}
+        assert found == {"classes": ["negative", "positive"], "counts": [[2, 1], [0, 0], [1, 1]], "sizes": [3, 0, 2]}
