@@ -30,7 +30,8 @@ class History:
         retried: clients that were lost at first and answered from another node.
         seconds: time of earlier processes of this run, up to the checkpoint that it was continued from.
         student, teacher: federated scores of the last evaluation, over the same examples.
-        validation: the student's scores on the public validation split after the last round.
+        validation: the student's scores on the public validation split, the latest.
+        scored: after which round these scores were taken, ``federated`` and ``validation``.
         tier_student, tier_teacher, tier_validation: the same of each tier, the smallest first.
         privacy: what the run has spent and on what, see `server.privacy_report`; empty: nothing is protected.
     """
@@ -53,6 +54,7 @@ class History:
     tier_student: list[dict[str, float]] = field(default_factory=list)
     tier_teacher: list[dict[str, float]] = field(default_factory=list)
     tier_validation: list[dict[str, float]] = field(default_factory=list)
+    scored: dict[str, int] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,6 +114,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
             "federated": retention(history.student, history.teacher, metric),
             "validation": retention(history.validation, federation.lesson.validation, metric),
         },
+        "scored": history.scored,
         "spread": history.spread,
         "privacy": privacy_block(federation, history),
         "cost": _cost(history, history.seconds + seconds),

@@ -75,7 +75,7 @@ class Journal:
         history.teacher = scores(spec, found.together("teacher"))
         history.tier_student = [scores(spec, statistics) for statistics in found.by_tier("student")]
         history.tier_teacher = [scores(spec, statistics) for statistics in found.by_tier("teacher")]
-        history.spread = spread
+        history.spread, history.scored["federated"] = spread, phase.round
         share = retention(history.student, history.teacher, self.task.headline)
         line: dict[str, Any] = {"round": phase.round, "phase": "evaluate"}
         line |= {"student": history.student, "teacher": history.teacher, "retention": share}
@@ -86,6 +86,7 @@ class Journal:
     def validation(self, number: int, found: list[dict[str, float]]) -> None:
         """Scores on the public validation split, of each tier's student, the smallest first."""
         self.history.tier_validation, self.history.validation = found, found[-1]
+        self.history.scored["validation"] = number
         line = {"round": number, "phase": "validation", "student": found[-1]}
         self.folder.add_line({**line, **self._by_tier("validation", found)})
 

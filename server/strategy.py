@@ -177,7 +177,7 @@ class FederatedDistillation(Strategy):
         partial = client.max_seconds or client.energy_budget or self.federation.homes  # a device's owner may set limits
         sizes = {one: client.part_of(size) for one, size in self.exchange.sizes.items()}
         sizes = UpTo(sizes) if partial else sizes
-        intake, masked, losses = self.method.intake(number, self.weights, sizes), None, None
+        intake, masked, losses, opening = self.method.intake(number, self.weights, sizes), None, None, 0.0
         if self.secure is not None:
             assert isinstance(intake, Summed)
             masked = MaskedWords(layout_of({"update": intake.shapes}))
@@ -187,11 +187,13 @@ class FederatedDistillation(Strategy):
                 self._check_losses(phase)
             if self.secure is not None and masked is not None and phase.clients:
                 assert isinstance(intake, Summed)
+                began = time.monotonic()
                 opened = self.secure.open(masked, phase.accepted, self.grid)
+                opening = time.monotonic() - began  # written down as a stage of its own
                 intake.put(opened.group("update"), opened.lines, opened.examples)
                 losses = opened.losses
             update = self._released(number) or intake.update()
-            phase.ended = time.monotonic()  # training ends when the mean update is there
+            phase.ended = time.monotonic() - opening  # training ends when the mean update is there
         except ValueError as error:
             raise RunFailed(f"round {number}: {error}") from None
         finally:

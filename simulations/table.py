@@ -111,6 +111,8 @@ def result_table(summary: dict[str, Any]) -> Table:
     teacher, student, cost = summary["teacher"], summary["student"], summary["cost"]
     scores: list[Row] = []
     for where, label in (("federated", "held by the clients"), ("validation", "public validation")):
+        if (after := summary.get("scored", {}).get(where, summary["rounds"])) != summary["rounds"]:
+            label = f"{label}, after round {after}"
         for metric, value in student[where].items():
             if metric in ("n", "spearman_bound"):
                 continue
