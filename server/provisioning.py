@@ -122,21 +122,28 @@ def teacher_config(config: Config, source: TeacherSource) -> Any:
     return found
 
 
-def run_shape(config: Config, source: TeacherSource, teacher: Any, layers: tuple[int, ...]) -> Shape:
-    """The shape of the run's own student; which pieces, heads and neurons it keeps does not matter here."""
-    keys, shape = config.student, Shape.whole(teacher, layers)
+def run_shape(
+    config: Config, source: TeacherSource, whole: Any, layers: tuple[int, ...], teacher_parameters: int = 0
+) -> Shape:
+    """The shape of the run's own student; which pieces, heads and neurons it keeps does not matter here.
+
+    Args:
+        source, whole: what it is cut from, and the configuration of that.
+        teacher_parameters: the teacher's, where the student is cut from another model; 0: it is cut from the teacher.
+    """
+    keys, shape = config.student, Shape.whole(whole, layers)
     pieces = shape.pieces
     if keys.vocabulary:
         counts = np.zeros(pieces, dtype=np.int64)
         pieces = len(choose_pieces(load_tokenizer(source.folder), counts, keys.vocabulary))
     elif keys.target_ratio:
         with torch.device("meta"):
-            model = build(teacher, Shape.whole(teacher, tuple(range(source.layers))))
+            model = build(whole, Shape.whole(whole, tuple(range(source.layers))))
         fewest = fewest_pieces(load_tokenizer(source.folder))
-        pieces = fitting_pieces(config, model, layers, fewest, count_parameters(model)) or pieces
+        pieces = fitting_pieces(config, model, layers, fewest, teacher_parameters or count_parameters(model)) or pieces
     shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
-    check_width(config, shape, teacher)
-    make_recipe(config, 1, narrowed(config, shape), teacher, regression=False)  # whether its losses can train it
+    check_width(config, shape, whole)
+    make_recipe(config, 1, narrowed(config, shape), whole, regression=False)  # whether its losses can train it
     return narrowed(config, shape)
 
 

@@ -47,10 +47,11 @@ START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one round that is scored, in a simulation's messages; and for one client on a device of its own.
+    """Of a round in the mean, in a simulation's messages; and for one client on a device of its own.
 
     Attributes:
-        down, up: training and the scoring of the cohort; a last round that everybody scores sends no more here.
+        down, up: training, and the scoring of the cohort in rounds that are scored; a last round that everybody scores
+            sends no more here.
     """
 
     down: int
@@ -100,10 +101,10 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
     origin = find_origin(config) or source
     whole, teacher = _model_config(config, origin, data), _model_config(config, source, data)
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
-    shape = run_shape(config, origin, whole, layers)
-    size = size_of(whole, shape, config.student.train_embeddings)
     teacher_size = size_of(teacher, Shape.whole(teacher, tuple(range(source.layers))))
-    trained = _trained(config, whole, shape, int(teacher.hidden_size)) if config.student.tiers else size.trained
+    shape = run_shape(config, origin, whole, layers, teacher_size.parameters)
+    size = size_of(whole, shape, config.student.train_embeddings)
+    trained = _trained(config, whole, shape, int(teacher.hidden_size))
     names, counts = label_counts(data)
     cached = bool(source.head) or tuned_folder(
         config, source, data, labelled_rows(data, data.public), cache_folder(config.runtime.cache)
@@ -155,7 +156,7 @@ def _model_config(config: Config, source: TeacherSource, data: FederatedDataset)
 
 
 def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:
-    """Weights that travel, the smaller tiers' exits among them."""
+    """Weights that travel, the smaller tiers' exits and a projection among them."""
     plan = copy.deepcopy(whole)
     plan.num_hidden_layers, plan.vocab_size = len(shape.layers), shape.pieces
     with torch.device("meta"):
@@ -164,9 +165,9 @@ def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:
 
 
 def bytes_of(config: Config, trained: int, eligible: int) -> Bytes | None:
-    """What the messages of a round weigh; None where outputs travel instead of weights.
+    """What the messages of a round weigh in the mean; None where outputs travel instead of weights.
 
-    A worker gets the student once for all of its clients, to train and again to score. It sends one exact sum, or each
+    A worker gets the student once for all of its clients, to train, and again to score. It sends one exact sum, or each
     client's own update where these are not added up.
     """
     keys = config.server
@@ -176,10 +177,16 @@ def bytes_of(config: Config, trained: int, eligible: int) -> Bytes | None:
     scored = eligible if keys.scores == "all" else min(keys.cohort or eligible, eligible)
     nodes, work = worker_count(config), Work.of(config)
     single = asked > (keys.cohort or asked)  # a message for each client
-    questions = (asked if single else min(nodes, asked)) + min(nodes, scored)
+    often = scored_share(config)
+    questions = (asked if single else min(nodes, asked)) + often * min(nodes, scored)
     own = round(work.entry_bytes * trained)
     answers = (asked if single else min(nodes, asked)) if work.packed else asked
-    return Bytes(4 * trained * questions, own * answers, 2 * 4 * trained, own)
+    return Bytes(round(4 * trained * questions), own * answers, round((1 + often) * 4 * trained), own)
+
+
+def scored_share(config: Config) -> float:
+    """Of the rounds: that are scored."""
+    return sum(map(config.scores_after, range(1, config.rounds + 1))) / config.rounds
 
 
 def times(
@@ -201,13 +208,13 @@ def times(
 
     work, client = Work.of(config), config.client
     seen = np.array([client.part_of(int(size)) for size in data.train_sizes])
-    each = [train(size, client.epochs * int(n), client.token_budget) for n in seen if n]
+    each = [train(size, client.epochs * int(n), work.passing) for n in seen if n]
     training = sum(each) * cohort
     if work.deep:
         training += forward(teacher, client.epochs * float(seen.sum()) * cohort)
     held = float(data.heldout_sizes.sum()) * (1.0 if config.server.scores == "all" else cohort)
     public = sum(len(split) for split in data.validation.values())
-    a_round = training / cores + (forward(size, held) / cores + forward(size, public)) / config.server.scores_every
+    a_round = training / cores + scored_share(config) * (forward(size, held) / cores + forward(size, public))
     a_round = max(a_round, max(each, default=0.0))  # the largest client is one worker's
     keys, rows = config.teacher, float(len(data.public))
     tuning = train(teacher, keys.epochs * rows, keys.token_budget) if tune else 0.0
@@ -288,16 +295,16 @@ def shard_sheet(found: Mapping[str, Any]) -> Sheet:
     shards = found["shards"]
     counts, names = np.asarray(shards["counts"]), shards["classes"]
     sizes = np.asarray(shards["train"]) + np.asarray(shards["held_out"])
-    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    order = np.argsort(-sizes, kind="stable")
     places = np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))
     shown = names[:CLASSES] if len(names) > CLASSES else names
     rows: list[Row] = []
     for client in order[places]:
-        whole = max(int(counts[client].sum()), 1)
+        whole = max(int(sizes[client]), 1)
         share = [f"{counts[client][number] / whole:.0%}" for number in range(len(shown))]
         rows.append((str(client), f"{shards['train'][client]:,}", f"{shards['held_out'][client]:,}", *share))
     total = counts.sum(axis=0)
-    every = [f"{total[number] / max(total.sum(), 1):.0%}" for number in range(len(shown))]
+    every = [f"{total[number] / max(sizes.sum(), 1):.0%}" for number in range(len(shown))]
     rows.append(("all", f"{sum(shards['train']):,}", f"{sum(shards['held_out']):,}", *every))
     few = f"{len(places)} of {len(sizes)} clients, " if len(places) < len(sizes) else ""
     notes = [f"{len(names) - len(shown)} more classes are in --json."] if len(shown) < len(names) else []

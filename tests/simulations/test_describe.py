@@ -12,7 +12,9 @@ from clients.device_profile import Line
 from common.accounting import noise_for
 from common.config import from_flat
 from common.errors import InputError
+from common.models import count_parameters
 from common.progress import Silent
+from server.preparation import prepare
 from simulations import describe
 from simulations.describe import bytes_of, examine, lines, shard_sheet, spoken
 from simulations.planned_privacy import planned_privacy
@@ -25,6 +27,13 @@ def test_a_packed_round_is_a_student_down_twice_and_a_sum_up_for_each_worker():
     sent = bytes_of(from_flat(keys), 1000, 10)
     assert (sent.down, sent.up) == (4 * 1000 * 4, 8 * 1000 * 2)
     assert (sent.client_down, sent.client_up) == (8000, 8000)
+
+
+def test_what_is_scored_seldom_is_sent_seldom():
+    """Of ten rounds the fourth, the eighth and the last are scored."""
+    keys = {"server.packing": "on", "runtime.workers": 2, "data.clients": 10, "rounds": 10, "server.scores-every": 4}
+    sent = bytes_of(from_flat(keys), 1000, 10)
+    assert (sent.down, sent.client_down) == (4 * 1000 * 2 * 1.3, 4 * 1000 * 1.3)
 
 
 def test_without_packing_each_client_sends_its_own():
@@ -60,6 +69,19 @@ def test_a_federation_is_described_without_running_it(tmp_path, keys):
     assert max(map(len, lines(found))) <= 80
     sheet = shard_sheet(found)
     assert sheet.sections[0][-1][0] == "all"
+
+
+def test_a_student_of_another_model_is_measured_by_its_teacher_and_travels_with_its_projection(tmp_path, keys):
+    keys |= {
+        "teacher.model": str(make_teacher(tmp_path / "wide", width=32, seed=1)),
+        "student.model": str(make_teacher(tmp_path / "narrow", labels=0, layers=3)),
+        "student.target-ratio": 0.19, "distill.hidden-weight": 1.0,
+    }  # fmt: skip
+    config = from_flat(keys)
+    found, federation = examine(config, Silent())["student"], prepare(config, Silent())
+    assert found["sent"] == sum(array.size for array in federation.weights().values())
+    assert found["pieces"] == federation.pupil.shape.pieces
+    assert found["parameters"] == count_parameters(federation.student)
 
 
 def test_what_privacy_it_would_give_is_told(keys):
