@@ -62,6 +62,8 @@ def read_audit(
     if seeds is not None:
         document.pop("seed", None)
     plan = sweep_of(path, document, settings, None if seeds is None else range(seeds))
+    if len(tasks := dict.fromkeys(run.task for run in plan.runs)) > 1:
+        raise InputError(f"{path}: tasks = {[*tasks]}: an audit is of one task; give one, and an audit to each")
     over = _by_attack(options)
     if other := sorted({*given, *over} - {name.strip() for name in listed}):
         raise InputError(f"attack.{other[0]}: options of an attack that is not among {', '.join(listed)}")

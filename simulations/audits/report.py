@@ -109,7 +109,12 @@ def _attack(  # noqa: PLR0917
     """One attack: its ROC, and its success against utility."""
     parts: list[str | Table | Figure] = [_roc(number, line, curves)] if curves else []
     leak = _leak(number, line, rows, table)
-    parts += [leak] if leak else ["It could not be tried where utility was measured."]
+    if leak:
+        parts.append(leak)
+    elif UTILITY in table:
+        parts.append("It could not be tried where utility was measured.")
+    else:
+        parts.append("Utility was not measured: add the attack `utility`, and this is set against it.")
     return Section(_name(line), [*parts, *([f"Paper: {paper}"] if paper else [])])
 
 

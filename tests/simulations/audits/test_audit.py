@@ -210,6 +210,9 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, given, told)
         read_audit(tmp_path / "a.toml", **given)
     with pytest.raises(InputError, match="not a run's folder"):
         read_audit(tmp_path)
+    (tmp_path / "b.toml").write_text('tasks = ["sst2", "mrpc"]\n')
+    with pytest.raises(InputError, match=r"tasks = \['sst2', 'mrpc'\]: an audit is of one task"):
+        read_audit(tmp_path / "b.toml")
 
 
 def test_a_column_holds_numbers_of_both_kinds_and_gaps(tmp_path):
