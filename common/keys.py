@@ -202,13 +202,13 @@ class DistillKeys(Section):
 
 
 class ClientKeys(Section):
-    epochs: int = Field(1, ge=1, le=1000, description="passes over the shard per round")
+    epochs: int = Field(1, ge=1, le=1000, description="passes per round over the shard, or over `share` of it")
     share: float = Field(
         1.0,
         gt=0.0,
         le=1.0,
-        description="of the shard: a round's passes are over so large a part, drawn anew each round, of one example at "
-        "least; a server that adapts makes one step a round, and with whole shards rounds would be few",
+        description="share of a client's examples that a round trains on, drawn anew each round, at least one; 1: all. "
+        "For `fedadam` and its kin, which take one step a round and want many short rounds",
     )
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw",
@@ -319,10 +319,13 @@ class ServerKeys(Section):
         description="ask this many times the cohort, keep the first; above 1 the bits depend on time",
     )
     scores: Literal["final", "cohort", "all"] = Field(
-        "final", description="who scores: the cohort each round (and everyone at the end: final), or all each round"
+        "final",
+        description="who scores in a round that is scored: the cohort (and everyone after the last: final), or all",
     )
     scores_every: int = Field(
-        1, ge=1, description="score, at the clients and on public validation, after every so many rounds and the last"
+        1,
+        ge=1,
+        description="rounds are scored, at the clients and on public validation, after every so many, and after the last",
     )
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
     max_lost_fraction: Fraction = Field(
