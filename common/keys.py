@@ -325,7 +325,7 @@ class ServerKeys(Section):
     scores_every: int = Field(
         1,
         ge=1,
-        description="rounds are scored, at the clients and on public validation, after every so many, and after the last",
+        description="after every so many rounds, and after the last, clients and public validation score the student",
     )
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for the replies of one phase")
     max_lost_fraction: Fraction = Field(

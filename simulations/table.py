@@ -110,9 +110,9 @@ def result_table(summary: dict[str, Any]) -> Table:
     """Teacher against student, from a run's summary; fits 80 columns."""
     teacher, student, cost = summary["teacher"], summary["student"], summary["cost"]
     scores: list[Row] = []
-    for where, label in (("federated", "held by the clients"), ("validation", "public validation")):
-        if (after := summary.get("scored", {}).get(where, summary["rounds"])) != summary["rounds"]:
-            label = f"{label}, after round {after}"
+    for where, name in (("federated", "held by the clients"), ("validation", "public validation")):
+        after = summary.get("scored", {}).get(where, summary["rounds"])
+        label = name if after == summary["rounds"] else f"{name}, after round {after}"
         for metric, value in student[where].items():
             if metric in ("n", "spearman_bound"):
                 continue

@@ -19,7 +19,9 @@ UNFINISHED = "unfinished"
 MOST_SHOWN = 60  # characters of a value that is refused
 FAULTS = ("failed", "rejected", "late")
 Line = dict[str, Any]
-Shards = tuple[list[str], NDArray[np.int64], NDArray[np.int64]]  # classes, (clients, classes) of each, (clients,) of all
+Shards = tuple[
+    list[str], NDArray[np.int64], NDArray[np.int64]
+]  # classes, (clients, classes) of each, (clients,) of all
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ def test_a_score_of_an_earlier_round_is_told_with_its_round(tmp_path):
     assert "goes on, after 3 rounds." in said
     assert "on text that stayed with 4 clients as scored after round 2 (0.5667 against" in said
     assert "0.6167 on public validation as scored after round 2." in said
-    journal.write_text("".join(json.dumps(line) + "\n" for line in kept if line["phase"] == "train" or not line["round"]))
+    journal.write_text(
+        "".join(json.dumps(line) + "\n" for line in kept if line["phase"] == "train" or not line["round"])
+    )
     assert "on public validation as scored before round 1." in read(tmp_path).texts["p"][0]
 
 
