@@ -110,9 +110,7 @@ def result_table(summary: dict[str, Any]) -> Table:
     """Teacher against student, from a run's summary; fits 80 columns."""
     teacher, student, cost = summary["teacher"], summary["student"], summary["cost"]
     scores: list[Row] = []
-    for where, name in (("federated", "held by the clients"), ("validation", "public validation")):
-        after = summary.get("scored", {}).get(where, summary["rounds"])
-        label = name if after == summary["rounds"] else f"{name}, after round {after}"
+    for where, label in (("federated", "held by the clients"), ("validation", "public validation")):
         for metric, value in student[where].items():
             if metric in ("n", "spearman_bound"):
                 continue
@@ -133,6 +131,8 @@ def result_table(summary: dict[str, Any]) -> Table:
     if faults:
         costs.append(("faults", "", ", ".join(f"{count} {name}" for name, count in faults.items()), ""))
     title = f"{summary['task']}: {summary['status']} after {summary['rounds']} rounds"
+    if (scored := sorted({*summary.get("scored", {}).values()})) not in ([], [summary["rounds"]]):
+        title += f", scores of round {' and '.join(map(str, scored))}"
     return drawn(
         Sheet(title, ("", "teacher", "student", "student / teacher"), [[*scores, size], _tiers(summary), costs])
     )

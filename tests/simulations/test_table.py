@@ -70,8 +70,8 @@ def test_the_table_of_a_run_fits_80_columns(capsys):
     assert [line.split() for line in out.splitlines() if "privacy" in line] == [
         ["privacy", "of", "one", "example", "epsilon", "8", "delta", "1e-05"]
     ]
-    assert "after round" not in out
+    assert "scores of" not in out
     Console(width=100).print(result_table(summary | {"rounds": 9, "scored": {"federated": 9, "validation": 5}}))
     out = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in out.splitlines()) <= 80
-    assert "public validation, after round 5" in out and "held by the clients, after" not in out
+    assert "completed after 9 rounds, scores of round 5 and 9" in out
