@@ -47,7 +47,7 @@ def pieces_of_clients(
     for who, updates in (("server", [seen[client] for client in clients]), ("anybody", [released] * len(clients))):
         found = []
         for client, update in zip(clients, updates, strict=True):
-            rows = lab.data.shard(client).train
+            rows = lab.data.shard(client).train[lab.worker.drawn(1, client)]
             truth, pieces = judge.texts(rows), found_pieces(model, update, special)
             if pieces is None or not len(pieces):
                 found.append(judge.of_tokens(judge.usual(len(rows)), truth) | {"nothing": 1.0})

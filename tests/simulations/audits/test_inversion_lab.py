@@ -64,3 +64,9 @@ def test_noise_at_the_server_hides_pieces_from_everybody_but_the_server(reviews,
     server, anybody = Inversion().run(lab, Silent())
     assert server["success"] == server["set_precision"] == 1.0
     assert anybody["success"] < 0.2
+
+
+def test_of_a_part_of_the_shard_the_truth_is_that_part(reviews, tiny_teacher):
+    lab = laboratory(reviews, tiny_teacher, student__train_embeddings=True, client__share=0.3)
+    server, _ = Inversion().run(lab, Silent())
+    assert server["success"] == server["set_precision"] == 1.0
