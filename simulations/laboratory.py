@@ -85,6 +85,13 @@ def keeping(intake: Intake) -> Intake:
     return Kept(intake.keys, intake.wire, intake.shapes, intake.sizes, squares=intake.squares)
 
 
+def updates_of(intake: Intake) -> dict[int, Weights]:
+    """Each client's own update, by client in ascending order; empty: the server does not get that."""
+    kept: Any = getattr(intake, "kept", None) or {}
+    own = {client: kept[client] for client in sorted(kept)}
+    return {client: one[1] if isinstance(one, tuple) else one for client, one in own.items()}  # of rules that compare
+
+
 class Laboratory:
     """A prepared federation and its one worker.
 
