@@ -49,6 +49,8 @@ def summed(found: Sequence[Found], wanted: str, measure: str) -> Row:
     """Means over victims of all figures; the ``wanted`` one as success, with its chance and interval."""
     names = dict.fromkeys(name for one in found for name in one if name not in SHOWN)
     values = {name: [one[name] for one in found if one.get(name) is not None] for name in names}
+    if "nothing" in names:  # of whom something was found, that is not told
+        values["nothing"] = [one.get("nothing", 0.0) for one in found]
     means: Row = {name: float(np.mean(each)) if each else None for name, each in values.items()}
     low, high = interval(values.get(wanted, []))
     told: Row = {} if values.get(wanted) else {"note": NO_HEAD}

@@ -83,6 +83,15 @@ def test_noise_hides_rows_when_it_is_larger_than_they_are(tiny_teacher):
     assert moved_rows(update - 3e-6 * weight, weight).tolist() == [5, 700]  # weight decay is known to be that
 
 
+def test_rows_that_stand_still_say_that_there_is_no_noise():
+    rng = np.random.default_rng(0)
+    weight, moved = rng.standard_normal((60, 16)).astype(np.float32), rng.permutation(60)[:50]
+    update = np.zeros_like(weight)
+    update[moved] = 0.01 * rng.standard_normal((50, 16))
+    assert moved_rows(update, weight).tolist() == sorted(moved)
+    assert moved_rows(update - 3e-6 * weight, weight).tolist() == sorted(moved)
+
+
 def test_labels_of_a_batch_are_counted_while_the_head_is_fresh(tiny_teacher):
     scene = Scene(tiny_teacher, labels=2)
     with torch.no_grad():
@@ -246,6 +255,11 @@ def test_the_table_puts_what_is_no_better_than_chance_in_brackets():
     text = verdicts(rows)
     assert text[1].split() == ["one", "SGD", "step", "100"] and text[2].split()[-1] == "(30)"
     assert all(len(line) <= 80 for line in text)
+
+
+def test_the_share_of_victims_of_whom_nothing_was_found_is_of_all_victims():
+    found = [{"set_recall": 0.3, "nothing": 1.0}, *[{"set_recall": 1.0}] * 3]
+    assert summed_up("rows", Setting(), found)["nothing"] == 0.25
 
 
 def test_the_interval_of_two_victims_by_hand():
