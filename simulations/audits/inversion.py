@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from common.corpus import labelled
 from common.errors import InputError
 from common.objective import Examples
 from common.progress import Progress
@@ -163,8 +164,9 @@ class Bench:
 
     @cached_property
     def asked(self) -> NDArray[np.int64]:
-        """Some public rows."""
-        return generator(self.lab.config.seed, "public signals").permutation(self.public)[:SAMPLE]
+        """Some public rows that have a label."""
+        known = self.public[labelled(np.asarray(self.victims.data.train.labels[self.public]))]
+        return generator(self.lab.config.seed, "public signals").permutation(known)[:SAMPLE]
 
     def attack(self, method: str, setting: Setting, client: int) -> Found:
         """Figures of one method on one client; with `show` the texts as well."""
@@ -227,9 +229,11 @@ class Bench:
 
     def _labels(self, seen: Seen, rows: NDArray[np.int64]) -> Found:
         task, bias = self.lab.data.task, head_bias(seen.model, seen.update)
-        if task.regression or not bias or self.lab.config.data.multi_label:
+        if task.regression or task.multi_label or not bias:
             return {"right": None, "guess_right": None}
         data = self.victims.data.train
+        if not len(self.asked) or not labelled(np.asarray(data.labels[rows])).all():  # nothing to count
+            return {"right": None, "guess_right": None}
         truth = np.bincount(np.asarray(data.labels[rows]), minlength=task.num_labels)
         soft = self.lab.worker.teacher_logits(self.asked)
         signals = signals_of(seen.model, Examples(data, self.asked, soft), seen.recipe, seen.compute)

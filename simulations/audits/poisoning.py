@@ -26,6 +26,7 @@ import numpy as np
 from scipy import stats
 
 from common.config import changed
+from common.corpus import labelled
 from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.keys import ROBUST
@@ -223,7 +224,8 @@ class Scene:
         data, keys = self.lab.data, self.keys
         rows = np.concatenate(list(self.rows.values()))
         texts, labels = texts_of(data.train, rows), np.asarray(data.train.labels[rows])
-        turned = flip_labels(labels, data.task.num_labels)
+        turned, known = labels.copy(), labelled(labels)  # what has no label has none to turn
+        turned[known] = flip_labels(labels[known], data.task.num_labels)
         wanted = np.full_like(labels, keys.target)
         lying = plant(self.lab, texts, turned)
         bent = plant(self.lab, self._with_trigger(texts, generator(self.lab.config.seed, "trigger")), wanted)

@@ -59,7 +59,8 @@ def test_an_epsilon_is_no_share():
 
 
 def plan_of(*arms):
-    return SimpleNamespace(plan=SimpleNamespace(arms=arms, runs=[SimpleNamespace(arm=a, config=Config()) for a in arms]))
+    runs = [SimpleNamespace(arm=arm, config=Config()) for arm in arms]
+    return SimpleNamespace(plan=SimpleNamespace(arms=arms, runs=runs))
 
 
 def test_the_table_says_it_in_80_columns(rows, capsys):

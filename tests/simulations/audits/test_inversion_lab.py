@@ -3,8 +3,9 @@ import pytest
 from common.config import from_flat
 from common.errors import InputError
 from common.progress import Silent
-from simulations.audits.inversion import Inversion
+from simulations.audits.inversion import Bench, Inversion
 from simulations.audits.inversion_table import MEASURES
+from simulations.audits.victim import Setting
 from simulations.laboratory import Laboratory
 from tests.conftest import make_reviews
 
@@ -70,3 +71,18 @@ def test_of_a_part_of_the_shard_the_truth_is_that_part(reviews, tiny_teacher):
     lab = laboratory(reviews, tiny_teacher, student__train_embeddings=True, client__share=0.3)
     server, _ = Inversion().run(lab, Silent())
     assert server["success"] == server["set_precision"] == 1.0
+
+
+def test_without_a_label_there_is_nothing_to_count(tmp_path, tiny_teacher):
+    source = make_reviews(tmp_path / "reviews.csv")
+    lines = source.read_text().splitlines()
+    lines[60:] = [line.replace(",1,", ",,").replace(",0,", ",,") for line in lines[60:]]
+    source.write_text("\n".join(lines))
+    lab = laboratory(source, tiny_teacher, distill__hard_weight=0.0, distill__soft_weight=1.0)
+    bench = Bench(Inversion(), lab)
+    assert (lab.data.train.labels[bench.asked] >= 0).all() and len(bench.asked) < len(bench.public)
+    whole, single = Setting(examples=1000), Setting()
+    for client in (0, 1, 2):
+        assert bench.attack("labels", whole, client) == {"right": None, "guess_right": None}
+    known = [c for c in (0, 1, 2) if lab.data.train.labels[bench.victims.rows(c, 1)][0] >= 0]
+    assert all(bench.attack("labels", single, client)["right"] is not None for client in known)

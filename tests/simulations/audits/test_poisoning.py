@@ -71,6 +71,19 @@ def test_attackers_lie_about_labels_and_teacher(lab, scene):
     assert np.array_equal(soft[~lies], lab.worker.teacher_logits(own[~lies]))
 
 
+def test_what_has_no_label_has_none_to_turn(lab, tmp_path):
+    source = make_reviews(tmp_path / "reviews.csv", 400)
+    lines = source.read_text().splitlines()
+    blank = [line.replace(",1,", ",,").replace(",0,", ",,") for line in lines[1::4]]
+    source.write_text("\n".join([lines[0], *blank, *(line for n, line in enumerate(lines[1:]) if n % 4)]) + "\n")
+    keys = {"data.source": str(source), "distill.hard-weight": 0.0, "distill.soft-weight": 1.0}
+    some = Laboratory(changed(lab.config, keys), Silent(), worker=Poisoner)
+    scene, labels = Scene(Poisoning(examples=0, trigger="x"), some), some.worker.data.train.labels
+    own, turned = (np.concatenate(list(each.values())) for each in (scene.rows, scene.turned))
+    assert 0 < (labels[own] < 0).sum() < len(own)
+    assert np.array_equal(labels[turned], np.where(labels[own] < 0, -1, 1 - labels[own]))
+
+
 def test_replacement_makes_the_mean_the_attackers_own_model(lab, scene):
     """Where honest clients stand still, the sum with the boost is what the attacker has learnt."""
     hostile = scene.hostile(0.1)
