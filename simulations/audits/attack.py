@@ -12,6 +12,7 @@ from common.section import Scalar
 from simulations.laboratory import Laboratory
 
 EPSILON = "epsilon at least"  # the one measure that is no share
+MASKED = "privacy.secure-aggregation = true: no client's own update can be put in or looked at"  # a note
 
 Row = dict[str, Scalar | None]
 """One line of figures, flat. The audit adds ``arm``, ``seed`` and ``attack``. The names that its table reads, all but

@@ -74,6 +74,7 @@ class MechanismCanaries:
         own = {
             "privacy.epsilon": 0.0, "privacy.noise-multiplier": privacy.noise, "privacy.scores-share": 0.0,
             "rounds": steps, "server.cohort": 0 if privacy.rate == 1.0 else max(cohort, 1), "server.packing": "off",
+            "privacy.secure-aggregation": False, "privacy.distributed-noise": False,  # the noised sum is the same
         }  # fmt: skip
         release = ClientMechanism(changed(lab.config, own), shapes, self.canaries)
         return Plan(release, steps, release.privacy.rate, release.privacy.planned(steps))

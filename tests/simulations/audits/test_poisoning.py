@@ -133,6 +133,17 @@ def test_replacement_gets_through_the_mean_and_not_through_krum(lab):
     assert rows["krum", 1]["success"] == rows["krum", 1]["chance"]
 
 
+def test_what_cannot_be_tried_is_told_and_the_rest_is(lab):
+    masked = changed(lab.config, {"privacy.secure-aggregation": True, "server.packing": "on"})
+    rows = [*Poisoning(kinds="flip,trigger").run(Laboratory(masked, Silent()), Silent())]
+    assert [(row["variant"], row["success"]) for row in rows] == [("flip", None), ("trigger", None)]
+    assert all("privacy.secure-aggregation" in row["note"] for row in rows)
+    two = Laboratory(changed(lab.config, {"data.clients": 2, "rounds": 1, "client.epochs": 1}), Silent())
+    rows = [*Poisoning(kinds="flip", rules="krum,median", shares="0.3", examples=8).run(two, Silent())]
+    assert [row["success"] is None for row in rows] == [True, False, False]
+    assert rows[0]["variant"] == "flip, krum" and rows[0]["note"].endswith("clients a round or more; here are 2")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
