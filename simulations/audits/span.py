@@ -34,6 +34,7 @@ from simulations.audits.victim import Seen
 
 CHUNK = 64  # pieces tried at once
 ROUNDING = 2.0**-24  # of a weight, the deviation that rounding it a few times makes
+ROUGH = 2.0**-8  # of a gradient, likewise, where products are in bfloat16
 SLACK = 1.2  # over the largest singular value that noise alone would have
 
 
@@ -64,7 +65,7 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     """The span of a layer's products of queries, keys and values; None: they were not sent.
 
     Singular values count above the largest of pure noise of that shape, s (sqrt(m) + sqrt(n)) (Marchenko and Pastur
-    1967). An update is rounded as the weights are, which is such noise.
+    1967). An update is rounded as the weights are, and in bfloat16 as the products that make it, which is such noise.
     """
     parts, squares = [], []
     for path in family_of(seen.model).heads:
@@ -78,6 +79,8 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     stack = torch.cat(parts)
     _, sizes, right = torch.linalg.svd(stack, full_matrices=False)
     variance = seen.deviation**2 + float(torch.stack(squares).mean())
+    if seen.compute.bf16:
+        variance += float((ROUGH * stack).square().mean())
     edge = SLACK * variance**0.5 * (stack.shape[0] ** 0.5 + stack.shape[1] ** 0.5)
     rank = int((sizes > edge).sum())
     return Span(right[:rank].T.float().contiguous(), rank >= stack.shape[1])

@@ -17,7 +17,7 @@ from simulations.audits.matching import Match, _other, ends_of, exchange
 from simulations.audits.reconstruction import Judge, token_scores
 from simulations.audits.span import distances, pieces_in, span_of, text_in
 from simulations.audits.victim import WHOLE, Seen, Setting, clip_and_noise, dense
-from tests.conftest import FP32, make_teacher, stir
+from tests.conftest import BF16, FP32, make_teacher, stir
 from tests.scene import RECIPE, Scene
 
 HARD = {**dict.fromkeys(PARTS, 0.0), "hard": 1.0}
@@ -30,15 +30,15 @@ def wide(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("wide"), width=64)
 
 
-def seen_of(scene, recipe, rows, steps=1, noise=0.0):
+def seen_of(scene, recipe, rows, steps=1, noise=0.0, compute=FP32):
     """What the server sees of the client's own code on these rows."""
-    update = scene.distil(recipe, examples=scene.of(scene.data, np.asarray(rows)))
+    update = scene.distil(recipe, compute, examples=scene.of(scene.data, np.asarray(rows)))
     arrays = dense(update.arrays, {name: tuple(weight.shape) for name, weight in scene.weights.items()})
     with torch.no_grad():
         for name, parameter in scene.student.trained.items():
             parameter.copy_(scene.weights[name])
     arrays, deviation = clip_and_noise([arrays], 1.0 if noise else 0.0, noise, np.random.default_rng(0))
-    return Seen(scene.student.model, arrays, recipe, FP32, len(rows), steps, 1, deviation)
+    return Seen(scene.student.model, arrays, recipe, compute, len(rows), steps, 1, deviation)
 
 
 def stirred(folder):
@@ -134,6 +134,15 @@ def test_the_span_of_one_step_holds_one_text_and_no_other_piece(wide):
         assert span.basis.shape[1] == len(text)
         found = text_in(distances(seen.model, span, pieces, 16, FP32), pieces, 0.01)
         assert found == text.tolist()
+
+
+def test_the_rounding_of_bfloat16_is_no_direction(wide):
+    scene, pieces = stirred(wide), np.arange(len(load_tokenizer(wide)))
+    for row in (0, 21):
+        seen, text = seen_of(scene, STEP, [row], compute=BF16), scene.data.tokens.pieces(np.array([row]))
+        span = span_of(seen, 0)
+        assert span.basis.shape[1] == len(text)
+        assert text_in(distances(seen.model, span, pieces, 16, BF16), pieces, 0.01) == text.tolist()
 
 
 def test_the_span_of_a_batch_holds_its_pieces(wide):
