@@ -30,6 +30,7 @@ from common.errors import InputError
 from common.objective import Examples
 from common.progress import Progress
 from common.seeding import generator
+from common.tokens import Tokens
 from simulations.audits.as_configured import pieces_of_clients
 from simulations.audits.attack import Row
 from simulations.audits.embedding_rows import found_pieces, longest_text
@@ -141,9 +142,11 @@ class Bench:
     def __post_init__(self) -> None:
         self.victims = Victims(self.lab, self.options.sgd_lr)
         self.public = np.asarray(self.lab.data.public)
+        if not len(self.public):
+            raise InputError("data.public-fraction: inversion is held against guesses from public text; give some")
         self.judge = Judge(self.victims.tokenizer, self.victims.special, self.victims.tokens, self.public)
         self.ordinary = np.setdiff1d(np.arange(len(self.victims.tokenizer)), self.victims.special)
-        self.longest = int(self.victims.tokens.lengths(self.public).max())
+        self.longest = int(widest(self.victims.tokens, self.public).max())
 
     def configured(self) -> Iterator[Row]:
         """Rows of the federation as it is configured."""
@@ -217,13 +220,13 @@ class Bench:
         )  # fmt: skip
 
     def _longest(self, seen: Seen, rows: NDArray[np.int64]) -> Found:
-        lengths = self.victims.tokens.lengths(self.public)
-        guess, truth = int(np.median(lengths)), int(self.victims.tokens.lengths(rows).max())
+        guess, chance = likeliest_longest(widest(self.victims.tokens, self.public), len(rows))
+        truth = int(widest(self.victims.tokens, rows).max())
         found = longest_text(seen.model, seen.update)
         nothing = found is None or not found
         return {
             "right": float((guess if nothing else found) == truth),
-            "guess_right": float(np.mean(lengths == guess)),
+            "guess_right": chance,
             "nothing": float(nothing),
         }
 
@@ -241,6 +244,18 @@ class Bench:
         found = count_labels(seen.gradient(bias).numpy(), len(rows), known)
         guess = shared_out(known.shares, len(rows))
         return {"right": 1.0 - label_error(found, truth), "guess_right": 1.0 - label_error(guess, truth)}
+
+
+def widest(tokens: Tokens, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(len(rows),) word pieces of each row's longest window."""
+    return np.asarray(tokens.lengths(rows) // tokens.windows(rows)[1])
+
+
+def likeliest_longest(lengths: NDArray[np.int64], texts: int) -> tuple[int, float]:
+    """The likeliest length of the longest of so many texts that are drawn from some, and how likely it is."""
+    values, counts = np.unique(lengths, return_counts=True)
+    chances = np.diff((np.cumsum(counts) / len(lengths)) ** texts, prepend=0.0)
+    return int(values[chances.argmax()]), float(chances.max())
 
 
 def _shown(judge: Judge, texts: Sequence[Sequence[int]]) -> str:

@@ -10,6 +10,7 @@ from common.dataset import load_tokenizer
 from common.objective import Examples
 from common.recipe import PARTS
 from simulations.audits.embedding_rows import found_pieces, has_pairs, longest_text, moved_rows, words_of
+from simulations.audits.inversion import likeliest_longest
 from simulations.audits.inversion_table import interval, summed_up, verdicts
 from simulations.audits.label_counts import Signals, count_labels, head_bias, signals_of
 from simulations.audits.language import Bigrams
@@ -114,6 +115,13 @@ def test_the_label_of_one_example_is_read_off_for_any_head(tiny_teacher):
         known = Signals.of(signals_of(seen.model, examples, STEP, FP32), labels[public], 2)
         found = count_labels(seen.gradient(head_bias(seen.model, seen.update)).numpy(), 1, known)
         assert found[labels[row]] == 1
+
+
+def test_the_longest_of_several_texts_is_guessed_by_hand():
+    lengths = np.array([3, 5, 3, 3])
+    assert likeliest_longest(lengths, 1) == (3, 0.75)
+    assert likeliest_longest(lengths, 2) == (3, 9 / 16)
+    assert likeliest_longest(lengths, 3) == (5, 37 / 64)
 
 
 def test_three_classes_are_counted_from_a_signal_worked_by_hand():

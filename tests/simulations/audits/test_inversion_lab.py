@@ -86,3 +86,17 @@ def test_without_a_label_there_is_nothing_to_count(tmp_path, tiny_teacher):
         assert bench.attack("labels", whole, client) == {"right": None, "guess_right": None}
     known = [c for c in (0, 1, 2) if lab.data.train.labels[bench.victims.rows(c, 1)][0] >= 0]
     assert all(bench.attack("labels", single, client)["right"] is not None for client in known)
+
+
+def test_a_text_of_several_windows_is_as_long_as_the_longest(reviews, tiny_teacher):
+    keys = {"student__train_embeddings": True, "data__max_length": 8, "data__windows": 3, "data__stride": 2}
+    bench = Bench(Inversion(), laboratory(reviews, tiny_teacher, **keys))
+    assert bench.longest == 8 < bench.victims.tokens.lengths(bench.public).max()
+    for client in (0, 1, 2):
+        assert bench.attack("longest", Setting(examples=4), client)["right"] == 1.0
+
+
+def test_without_public_text_there_is_no_guess(reviews, tiny_teacher):
+    lab = laboratory(reviews, tiny_teacher, data__public_fraction=0.0)
+    with pytest.raises(InputError, match=r"data\.public-fraction: inversion is held against guesses"):
+        next(Inversion().run(lab, Silent()))
