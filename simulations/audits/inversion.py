@@ -112,7 +112,10 @@ class Inversion:
             for method, setting in work:
                 step.info(f"{method}: {setting}")
                 clients = bench.victims.clients(self.matched if method in MATCHING else self.victims)
-                row = summed_up(method, setting, [bench.attack(method, setting, client) for client in clients])
+                if method in MATCHING and not bench.single:
+                    row = summed_up(method, setting, ()) | {"note": "it looks for texts of one part and one window"}
+                else:
+                    row = summed_up(method, setting, [bench.attack(method, setting, client) for client in clients])
                 rows.append(row)
                 yield row
                 step.advance()
@@ -146,6 +149,9 @@ class Bench:
             raise InputError("data.public-fraction: inversion is held against guesses from public text; give some")
         self.judge = Judge(self.victims.tokenizer, self.victims.special, self.victims.tokens, self.public)
         self.ordinary = np.setdiff1d(np.arange(len(self.victims.tokenizer)), self.victims.special)
+        pairs, tokens = len(self.lab.data.task.text_columns) > 1, self.victims.tokens
+        kinds = getattr(self.lab.federation.student.config, "type_vocab_size", 1) if tokens.typed else 1
+        self.types, self.single = 2 if pairs and kinds > 1 else 1, not pairs and tokens.first is None
         self.longest = int(widest(self.victims.tokens, self.public).max())
 
     def configured(self) -> Iterator[Row]:
@@ -204,7 +210,7 @@ class Bench:
         if span is None or span.full or not span.basis.shape[1]:
             return None
         pieces = np.arange(len(self.victims.tokenizer))
-        distance = distances(seen.model, span, pieces, self.longest, seen.compute)
+        distance = distances(seen.model, span, pieces, self.longest, seen.compute, self.types)
         inside = (text_in if seen.texts == 1 else pieces_in)(distance, pieces, self.options.tolerance)
         text = [int(piece) for piece in inside if piece not in self.victims.special]
         return [text] if text else None

@@ -18,7 +18,7 @@ from simulations.audits.matching import Match, _other, ends_of, exchange
 from simulations.audits.reconstruction import Judge, token_scores
 from simulations.audits.span import distances, pieces_in, span_of, text_in
 from simulations.audits.victim import WHOLE, Seen, Setting, clip_and_noise, dense
-from tests.conftest import BF16, FP32, make_teacher, stir
+from tests.conftest import BF16, FP32, make_sentences, make_teacher, make_tokens, stir
 from tests.scene import RECIPE, Scene
 
 HARD = {**dict.fromkeys(PARTS, 0.0), "hard": 1.0}
@@ -142,6 +142,18 @@ def test_the_span_of_one_step_holds_one_text_and_no_other_piece(wide):
         assert span.basis.shape[1] == len(text)
         found = text_in(distances(seen.model, span, pieces, 16, FP32), pieces, 0.01)
         assert found == text.tolist()
+
+
+def test_the_second_text_of_a_pair_is_in_the_span_as_what_it_is(wide):
+    scene, pieces = stirred(wide), np.arange(len(load_tokenizer(wide)))
+    tokens = make_tokens(wide, make_sentences(60), make_sentences(60, seed=1))
+    scene.data = replace(scene.data, tokens=tokens)
+    for row in (0, 21):
+        seen, text = seen_of(scene, STEP, [row]), tokens.pieces(np.array([row]))
+        near = distances(seen.model, span_of(seen, 0), pieces, len(text), FP32, types=2)
+        assert text_in(near, pieces, 0.01) == text.tolist()
+        far = distances(seen.model, span_of(seen, 0), pieces, len(text), FP32)
+        assert len(text_in(far, pieces, 0.01)) <= tokens.second[row] < len(text)
 
 
 def test_the_rounding_of_bfloat16_is_no_direction(wide):

@@ -7,7 +7,7 @@ from simulations.audits.inversion import Bench, Inversion
 from simulations.audits.inversion_table import MEASURES
 from simulations.audits.victim import Setting
 from simulations.laboratory import Laboratory
-from tests.conftest import make_reviews
+from tests.conftest import make_reviews, make_sentences
 
 TINY = {
     "task": "text", "data.clients": 3, "data.max-length": 32, "data.alpha": 10.0, "rounds": 1, "teacher.epochs": 1,
@@ -100,3 +100,14 @@ def test_without_public_text_there_is_no_guess(reviews, tiny_teacher):
     lab = laboratory(reviews, tiny_teacher, data__public_fraction=0.0)
     with pytest.raises(InputError, match=r"data\.public-fraction: inversion is held against guesses"):
         next(Inversion().run(lab, Silent()))
+
+
+def test_of_pairs_the_span_is_tried_and_no_gradient_is_matched(tmp_path, tiny_teacher):
+    source, texts = tmp_path / "pairs.csv", zip(make_sentences(90), make_sentences(90, seed=1), strict=True)
+    lines = [f"{one},{other},{number % 2}" for number, (one, other) in enumerate(texts)]
+    source.write_text("\n".join(["first,second,label", *lines]))
+    lab = laboratory(source, tiny_teacher, data__text_columns="first,second")
+    assert Bench(Inversion(), lab).types == 2
+    rows = {row["method"]: row for row in Inversion(grid=True, methods="tag,span", victims=1).run(lab, Silent())}
+    assert rows["tag"]["success"] is None and rows["tag"]["note"] == "it looks for texts of one part and one window"
+    assert rows["span"]["success"] is not None
