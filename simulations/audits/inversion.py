@@ -210,7 +210,7 @@ class Bench:
         if span is None or span.full or not span.basis.shape[1]:
             return None
         pieces = np.arange(len(self.victims.tokenizer))
-        distance = distances(seen.model, span, pieces, self.longest, seen.compute, self.types)
+        distance = distances(seen.model, span, pieces, self.longest, seen.compute, types=self.types)
         inside = (text_in if seen.texts == 1 else pieces_in)(distance, pieces, self.options.tolerance)
         text = [int(piece) for piece in inside if piece not in self.victims.special]
         return [text] if text else None

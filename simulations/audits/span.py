@@ -117,7 +117,7 @@ def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute, kind: int 
 
 
 def distances(
-    model: Any, span: Span, pieces: NDArray[np.int64], length: int, compute: Compute, types: int = 1
+    model: Any, span: Span, pieces: NDArray[np.int64], length: int, compute: Compute, *, types: int = 1
 ) -> NDArray[np.float32]:
     """(len(pieces), length) how far outside the first layer's span each piece would be at each place.
 

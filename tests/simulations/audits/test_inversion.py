@@ -31,15 +31,16 @@ def wide(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("wide"), width=64)
 
 
-def seen_of(scene, recipe, rows, steps=1, noise=0.0, compute=FP32):
+def seen_of(scene, recipe, rows, *, steps=1, noise=0.0, compute=FP32, clip=0.0):
     """What the server sees of the client's own code on these rows."""
     update = scene.distil(recipe, compute, examples=scene.of(scene.data, np.asarray(rows)))
     arrays = dense(update.arrays, {name: tuple(weight.shape) for name, weight in scene.weights.items()})
     with torch.no_grad():
         for name, parameter in scene.student.trained.items():
             parameter.copy_(scene.weights[name])
-    arrays, deviation = clip_and_noise([arrays], 1.0 if noise else 0.0, noise, np.random.default_rng(0))
-    return Seen(scene.student.model, arrays, recipe, compute, len(rows), steps, 1, deviation)
+    clip = clip or float(noise > 0)
+    arrays, deviation = clip_and_noise([arrays], clip, noise, np.random.default_rng(0))
+    return Seen(scene.student.model, arrays, recipe, compute, len(rows), steps, 1, deviation, clip > 0)
 
 
 def stirred(folder):
@@ -142,6 +143,17 @@ def test_the_span_of_one_step_holds_one_text_and_no_other_piece(wide):
         assert span.basis.shape[1] == len(text)
         found = text_in(distances(seen.model, span, pieces, 16, FP32), pieces, 0.01)
         assert found == text.tolist()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_how_far_an_update_was_scaled_down_is_read_off_its_keys_biases(tmp_path, family):
+    scene = stirred(make_teacher(tmp_path / "teacher", family, width=64))
+    whole, clipped = (seen_of(scene, STEP, [0], clip=clip) for clip in (0.0, 0.01))
+    length = sum(float(np.square(array).sum()) for array in whole.update.values()) ** 0.5
+    assert whole.factor == 1.0 and clipped.factor == pytest.approx(0.01 / length, rel=1e-3) and length > 0.02
+    name = next(name for name in whole.update if name.endswith(("query.weight", "c_attn.weight")))
+    np.testing.assert_allclose(clipped.descent(name), whole.descent(name), rtol=1e-4, atol=1e-6)
+    assert span_of(clipped, 0).basis.shape[1] == span_of(whole, 0).basis.shape[1] < 64
 
 
 def test_the_second_text_of_a_pair_is_in_the_span_as_what_it_is(wide):
