@@ -350,13 +350,19 @@ class Worker:
 
     def _lesson(self, instruction: Instruction, client: int) -> tuple[Recipe, Examples, Any]:
         """How a client learns in a round, from what, and the model that runs along where the recipe needs one."""
-        examples = self._examples(client)
-        count = len(examples.rows)
-        if (part := self.config.client.part_of(count)) < count:
-            rng = generator(self.config.seed, "examples", instruction.round, client)
-            places = np.sort(rng.choice(count, part, replace=False))
+        examples, places = self._examples(client), self.drawn(instruction.round, client)
+        if len(places) < len(examples.rows):
             examples = replace(examples, rows=examples.rows[places], soft=examples.soft[places])
         return self._round_recipe(instruction, int(self.tier_of[client])), examples, self.teacher
+
+    def drawn(self, round_number: int, client: int) -> NDArray[np.int64]:
+        """(n,) places, ascending, among a client's rows: those that a round's passes over its task are over."""
+        count = len(self._rows_of(client))
+        part = self.config.client.part_of(count)
+        if part == count:
+            return np.arange(count)
+        rng = generator(self.config.seed, "examples", round_number, client)
+        return np.sort(rng.choice(count, part, replace=False))
 
     def _round_recipe(self, instruction: Instruction, tier: int) -> Recipe:
         recipe = self._recipe(instruction.round)

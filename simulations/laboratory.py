@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from clients.consensus import ConsensusWorker
 from clients.worker import Worker
 from common.config import Config
+from common.errors import InputError
 from common.importance import MOST
 from common.inference import predict
-from common.keys import VOTING
+from common.keys import FUSED, VOTING
 from common.progress import Progress, Silent
 from common.wire import ClientLine, Instruction, pack_reply
 from server.assignment import pick_cohort
@@ -61,6 +62,20 @@ def worker_of(config: Config) -> type[Apprentice]:
     return Voter if config.server.strategy in VOTING else Apprentice
 
 
+def _check_rounds(config: Config) -> None:
+    """Raise `InputError` for what would be trained as other rounds than the run's."""
+    strategy, distill = config.server.strategy, config.distill
+    if strategy in (*FUSED, "fedkd"):
+        told, right = f"server.strategy = {strategy!r}", "server.strategy = 'fedavg'"
+    elif distill.general_rounds:
+        told, right = f"distill.general-rounds = {distill.general_rounds}", "0"
+    elif config.client.grow_batch:
+        told, right = "client.grow-batch = true", "false"
+    else:
+        return
+    raise InputError(f"{told}: an audit's federation has no such rounds, and would be of another one; give {right}")
+
+
 def keeping(intake: Intake) -> Intake:
     """The same way of taking replies; each client's own update, where it arrives, is kept."""
     if isinstance(intake, ClippedEach):
@@ -70,6 +85,13 @@ def keeping(intake: Intake) -> Intake:
     return Kept(intake.keys, intake.wire, intake.shapes, intake.sizes, squares=intake.squares)
 
 
+def updates_of(intake: Intake) -> dict[int, Weights]:
+    """Each client's own update, by client in ascending order; empty: the server does not get that."""
+    kept: Any = getattr(intake, "kept", None) or {}
+    own = {client: kept[client] for client in sorted(kept)}
+    return {client: one[1] if isinstance(one, tuple) else one for client, one in own.items()}  # of rules that compare
+
+
 class Laboratory:
     """A prepared federation and its one worker.
 
@@ -77,11 +99,15 @@ class Laboratory:
         config: with server.packing = "off" each client's own update is in the intake, in ``kept``.
         folder: where an attack keeps what it can go on from.
         worker: a kind of worker whose clients do something of their own; None: the run's.
+
+    Raises:
+        InputError: the run's rounds are not of the kind that a laboratory makes.
     """
 
     def __init__(
         self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] | None = None
     ) -> None:
+        _check_rounds(config)
         self.config, self.progress, self.folder = config, progress, folder
         torch.set_num_threads(THREADS)  # which a teacher's bits depend on
         self.federation: Federation = prepare(config, progress)
@@ -119,6 +145,9 @@ class Laboratory:
 
         Args:
             rows: (k,) of the training data, what each client trains on; see `Apprentice`.
+
+        Raises:
+            InputError: clients answer with outputs, which no update is made of.
         """
         weights, memory = self.start, {}  # type: ignore[var-annotated]
         if self.method.privacy is not None:
@@ -132,7 +161,16 @@ class Laboratory:
         return weights
 
     def round(self, number: int, weights: Weights, rows: Rows | None = None) -> Intake:
-        """One round's replies, taken in."""
+        """One round's replies, taken in.
+
+        Raises:
+            InputError: as `train`.
+        """
+        if (strategy := self.config.server.strategy) in VOTING:
+            raise InputError(
+                f"server.strategy = {strategy!r}: no weights travel, and this audit is of updates; give the votes "
+                "attack alone, or server.strategy = 'fedavg'"
+            )
         cohort = self._cohort(number)
         self.worker.rows = rows or {}
         cohort = tuple(client for client in cohort if len(self.worker.rows.get(client, (0,))))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from simulations.audits.embedding_rows import found_pieces
 from simulations.audits.reconstruction import Judge
-from simulations.laboratory import Laboratory
+from simulations.laboratory import Laboratory, updates_of
 
 Update = dict[str, NDArray[np.float32]]
 
@@ -25,11 +25,9 @@ def first_round(lab: Laboratory) -> tuple[dict[int, Update], Update]:
     mean = intake.update()
     moved = lab.method.step(1, lab.start, mean, intake, {})
     released = {name: moved[name] - lab.start[name] for name in lab.start}
-    kept: Any = getattr(intake, "kept", None) or {}
-    seen = {}
+    kept, seen = updates_of(intake), {}
     for line in intake.lines:
-        own = kept.get(line.client, mean)
-        own = own[1] if isinstance(own, tuple) else own  # of a rule that compares all
+        own: Any = kept.get(line.client, mean)
         seen[line.client] = {name: np.asarray(own[name], dtype=np.float32) for name in lab.start}
     return seen, released
 
@@ -47,7 +45,7 @@ def pieces_of_clients(
     for who, updates in (("server", [seen[client] for client in clients]), ("anybody", [released] * len(clients))):
         found = []
         for client, update in zip(clients, updates, strict=True):
-            rows = lab.data.shard(client).train
+            rows = lab.data.shard(client).train[lab.worker.drawn(1, client)]
             truth, pieces = judge.texts(rows), found_pieces(model, update, special)
             if pieces is None or not len(pieces):
                 found.append(judge.of_tokens(judge.usual(len(rows)), truth) | {"nothing": 1.0})

@@ -26,7 +26,7 @@ from common.wire import ClientLine, own_update, pack_reply
 from server.assignment import pick_cohort
 from server.averaging import mean_of_last
 from server.intake import Intake, Kept
-from simulations.audits.attack import Row
+from simulations.audits.attack import EPSILON, MASKED, Row
 from simulations.audits.canaries import Shapes
 from simulations.audits.one_run import check_canaries, judge, rows_of
 from simulations.laboratory import Laboratory, Weights, keeping
@@ -56,6 +56,9 @@ class ClientCanaries:
                 f"server.strategy = {lab.config.server.strategy!r}: client canaries are for the mean of one whole "
                 "student; give fedavg, and no student.tiers"
             )
+        if lab.config.privacy.secure_aggregation:
+            yield {"variant": "unit client, any scores", "measure": EPSILON, "success": None, "note": MASKED}
+            return
         if lab.config.server.packing != "off":
             lab = Laboratory(changed(lab.config, {"server.packing": "off"}), progress)
         inside = generator(lab.config.seed, self.name).random(self.canaries) < 0.5

@@ -9,9 +9,9 @@ position embedding moves where a text reaches that far (Melis et al. 2019, https
 al. 2022, https://arxiv.org/abs/2205.08514). Decoupled weight decay moves every row that is trained, but along itself:
 u = -c E[v]. Frozen embeddings send no rows.
 
-Under Gaussian noise all rows move. A row of H numbers that has nothing but noise of deviation s has |u|^2 / s^2 of a
-chi-square distribution with H degrees; s is known, or told by the rows themselves, most of which are noise. A row
-counts as moved above the quantile that one row of noise in all would exceed.
+Under Gaussian noise all rows move: where one has not, there is none. A row of H numbers that has nothing but noise of
+deviation s has |u|^2 / s^2 of a chi-square distribution with H degrees; s is told by the rows themselves, most of which
+are noise. A row counts as moved above the quantile that one row of noise in all would exceed.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,12 @@ ROUNDING = 2.0**-20  # of a row, what float32 steps of decay along it may leave 
 
 def moved_rows(update: NDArray[np.float32], weight: NDArray[np.float32]) -> Rows:
     """Rows of (n, H) that something else than decay and noise has moved."""
-    norms = np.square(update, dtype=np.float64).sum(axis=1)
-    if np.count_nonzero(norms) > len(norms) // 2 and len(norms) > 2:
-        across = _across(update, weight)
-        if np.count_nonzero(across) <= len(norms) // 2:  # it was decay that moved them all
-            return np.flatnonzero(across)
-        width = update.shape[1]
-        variance = np.median(norms) / stats.chi2.median(width)
-        return np.flatnonzero(norms > variance * stats.chi2.isf(1.0 / len(norms), width))
-    return np.flatnonzero(_across(update, weight))
+    across = _across(update, weight)
+    if not across.all() or len(across) <= 2:  # noise would have moved every row
+        return np.flatnonzero(across)
+    norms, width = np.square(update, dtype=np.float64).sum(axis=1), update.shape[1]
+    variance = np.median(norms) / stats.chi2.median(width)
+    return np.flatnonzero(norms > variance * stats.chi2.isf(1.0 / len(norms), width))
 
 
 def _across(update: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -4,11 +4,17 @@ The server sees the update of every client and asks whose model knows an example
 scaled confidence of client i's model w + d_i in an example of client k. The others were not trained on it, so their
 phi_i are what a model says that has not seen it: with mean m and deviation s over i != k
 
-    p_t = Pr[N(m, s^2) <= phi_k],   score = sum_t log p_t
+    p_t = Pr[N(m, s^2) <= phi_k]
 
-No reference models are trained. A client that is not in a round's cohort says nothing there. Where the server sees no
-client's own update, the attack cannot be made. Clients of different domains differ for every example alike, member or
-not, which costs the attack but does not flatter it.
+The paper adds up log p_t over rounds that all clients are in. Here a client is in n of them, and a sum of fewer terms
+is higher by itself; so it is held against what n rounds of a client that tells nothing would give (Fisher 1925):
+
+    -sum_t log p_t ~ Gamma(n, 1),   q = Pr[Gamma(n, 1) >= -sum_t log p_t],   score = log q / (1 - q)
+
+which of one round puts examples in the order of p_t. Of a client that is in no round's cohort nothing is said.
+
+No reference models are trained. Where the server sees no client's own update, the attack cannot be made. Clients of
+different domains differ for every example alike, member or not, which costs the attack but does not flatter it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,12 +24,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
+from scipy.stats import gamma
 
 from common.progress import Progress
 from simulations.audits.attack import Row
 from simulations.audits.halves import Halves, draw_halves
 from simulations.audits.membership import MEASURE, Floats, membership_row, scaled_confidence
-from simulations.laboratory import Laboratory
+from simulations.laboratory import Laboratory, updates_of
 
 LEAST = 3  # clients: of fewer the others have no deviation
 
@@ -57,21 +64,33 @@ class FedMia:
 
 
 def watched(lab: Laboratory, halves: Halves, model: int) -> Floats | None:
-    """(n,) scores of the examples in one federation; None: its updates are not seen one by one."""
+    """(n,) scores of the examples in one federation, NaN of clients that were in no round.
+
+    None: its updates are not seen one by one.
+    """
     labels = np.asarray(lab.data.train.labels)[halves.rows]
     rounds: list[Floats] = []
 
     def watch(number: int, weights: Mapping[str, NDArray[np.float32]], intake: Any) -> None:
-        kept = getattr(intake, "kept", None)
-        if kept and len(kept) >= LEAST:
+        updates = updates_of(intake)
+        if len(updates) >= LEAST:
             said = {
                 client: scaled_confidence(lab.logits(moved(weights, update), halves.rows)[None], labels)[0]
-                for client, update in sorted(kept.items())
+                for client, update in updates.items()
             }
             rounds.append(all_for_one(np.stack(list(said.values())), np.array(list(said)), halves.owner))
 
     lab.train(halves.trained(model), watch=watch)
-    return np.sum(rounds, axis=0) if rounds else None
+    return combined(np.stack(rounds)) if rounds else None
+
+
+def combined(rounds: Floats) -> Floats:
+    """(n,) scores from (rounds, n) log p_t, NaN where there is none."""
+    count = np.isfinite(rounds).sum(axis=0)
+    total, times = -np.nansum(rounds, axis=0), np.maximum(count, 1)
+    least = np.finfo(np.float64).tiny  # a logarithm of 0 would be no score
+    score = np.log(np.maximum(gamma.sf(total, times), least)) - np.log(np.maximum(gamma.cdf(total, times), least))
+    return np.where(count > 0, score, np.nan)
 
 
 def moved(weights: Mapping[str, NDArray[Any]], update: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
@@ -80,7 +99,7 @@ def moved(weights: Mapping[str, NDArray[Any]], update: Mapping[str, NDArray[Any]
 
 
 def all_for_one(phi: Floats, clients: NDArray[np.int64], owner: NDArray[np.int64]) -> Floats:
-    """(n,) log p_t of one round; 0, which moves no sum, where the owner is not in it.
+    """(n,) log p_t of one round; NaN where the owner is not in it.
 
     Args:
         phi: (clients, n) what each client's model says of each example.
@@ -91,7 +110,7 @@ def all_for_one(phi: Floats, clients: NDArray[np.int64], owner: NDArray[np.int64
     there = own.any(axis=0)
     others = np.where(own, np.nan, phi)[:, there]
     mean, std = np.nanmean(others, axis=0), np.nanstd(others, axis=0, ddof=1)
-    found = np.zeros(len(owner))
+    found = np.full(len(owner), np.nan)
     asked = np.where(own, phi, 0.0).sum(axis=0)[there]
     found[there] = log_ndtr((asked - mean) / np.maximum(std, 1e-6))
     return found

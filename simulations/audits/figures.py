@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from simulations.audits.attack import Row
+from simulations.audits.attack import EPSILON, Row
 from simulations.table import Row as Cells
 from simulations.table import Sheet
 
@@ -20,7 +20,7 @@ class Figure:
     Attributes:
         mean, std: over seeds; None: it could not be tried, or there is one seed.
         through: whether it did better than guessing does: the lower ends of its intervals, in the mean over seeds,
-            above chance; None: it is no attack, or nothing is known of chance.
+            above chance; None: it is no attack, or nothing is known of chance or of an interval.
         seeds: how many.
     """
 
@@ -44,11 +44,24 @@ def figure(rows: Sequence[Row], line: Line, arm: str) -> Figure | None:
     if not tried:
         return Figure(None, None, None, 0)
     values = [_number(row["success"]) for row in tried]
-    bounds = [_number(row["success"] if row.get("low") is None else row["low"]) for row in tried]
-    chances = [_number(row["chance"]) for row in tried if row.get("chance") is not None]
-    through = statistics.fmean(bounds) > statistics.fmean(chances) if chances else None
     std = statistics.stdev(values) if len(values) > 1 else None
-    return Figure(statistics.fmean(values), std, through, len(values))
+    return Figure(statistics.fmean(values), std, _through(tried, statistics.fmean(values)), len(values))
+
+
+def _through(tried: Sequence[Row], mean: float) -> bool | None:
+    """See `Figure`."""
+    chances = [_number(row["chance"]) for row in tried if row.get("chance") is not None]
+    if not chances:
+        return None
+    chance, lows = statistics.fmean(chances), [row.get("low") for row in tried]
+    if mean <= chance:  # and so is the interval's lower end, known or not
+        return False
+    return None if None in lows else statistics.fmean(map(_number, lows)) > chance
+
+
+def unit_of(measure: str) -> tuple[float, str]:
+    """What a figure is multiplied by to be printed, and what stands behind it."""
+    return (1.0, "") if measure == EPSILON else (100.0, " %")
 
 
 def against(rows: Sequence[Row], arms: Sequence[str]) -> dict[Line, dict[str, Figure | None]]:
@@ -81,11 +94,10 @@ def _sheet(
 ) -> Sheet:
     named = lines(rows)
     shown: dict[bool, list[Cells]] = {False: [], True: []}
-    for (attack, variant), cells in found.items():
-        first = cells[arms[0]]
-        is_attack = any(cell is not None and cell.through is not None for cell in cells.values()) or first is None
-        label = f"{attack} {variant}".strip()
-        shown[is_attack].append((label, *(_cell(cells[arm], spread=spread) for arm in arms)))
+    guessed = lines([row for row in rows if row.get("chance") is not None])
+    for line, cells in found.items():
+        is_attack = line in guessed or cells[arms[0]] is None
+        shown[is_attack].append((" ".join(line).strip(), *(_cell(cells[arm], named[line], spread) for arm in arms)))
     seeds = ", ".join(str(seed) for seed in sorted({int(str(row["seed"])) for row in rows}))
     tasks = ", ".join(dict.fromkeys(str(row["task"]) for row in rows))
     notes = _notes(named, spread=spread) if last else []
@@ -106,13 +118,15 @@ def _notes(named: Mapping[Line, str], *, spread: bool) -> list[str]:
     ]
 
 
-def _cell(found: Figure | None, *, spread: bool) -> str:
+def _cell(found: Figure | None, measure: str, spread: bool) -> str:
     if found is None:
         return ""
     if found.mean is None:
         return "-"
-    more = f" ±{100 * found.std:.1f}" if spread and found.std is not None else ""
-    return f"{100 * found.mean:.1f}{more}{'*' if found.through else ''}"
+    factor, sign = unit_of(measure)
+    digits = 1 if sign else 2
+    more = f" ±{factor * found.std:.{digits}f}" if spread and found.std is not None else ""
+    return f"{factor * found.mean:.{digits}f}{more}{'*' if found.through else ''}"
 
 
 def _number(value: object) -> float:

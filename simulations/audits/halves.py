@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.corpus import Table
+from common.corpus import Table, labelled
 from common.dataset import FederatedDataset
+from common.errors import InputError
 from common.partition import text_groups
 from common.seeding import generator
 
@@ -23,11 +24,11 @@ class Halves:
     """The examples under attack, and what each model is trained on.
 
     Attributes:
-        rows: (n,) of the train table; all are some client's training rows.
+        rows: (n,) of the train table; all are some client's training rows that have a label.
         owner: (n,) the client of each.
         inside: (K, n) whether a model is trained on it.
         always: by client, the rows that every model is trained on, because they are not under attack.
-        population: rows of the same distribution that no model is trained on: what the clients hold out.
+        population: rows of the same distribution that no model is trained on: what the clients hold out, with labels.
     """
 
     rows: Index
@@ -53,19 +54,27 @@ def draw_halves(data: FederatedDataset, models: int, examples: int, seed: int) -
     """Toss the coins.
 
     Args:
-        examples: about how many are under attack, drawn text by text; 0: all that the clients train on.
+        examples: about how many are under attack, drawn text by text; 0: all that the clients train on. One without
+            a label is not: its own class is what every attack asks about.
+
+    Raises:
+        InputError: the task's examples have no class each.
     """
+    if data.task.regression or data.task.multi_label:
+        raise InputError(f"task = {data.task.name!r}: membership attacks need one class for each example")
+    known = labelled(np.asarray(data.train.labels))
     shards = {int(client): data.shard(int(client)) for client in data.eligible}
     rows = np.concatenate([shard.train for shard in shards.values()])
     owner = np.repeat(np.array(list(shards)), [len(shard.train) for shard in shards.values()])
     group = groups_of(data)[rows]
     names, place = np.unique(group, return_inverse=True)
-    share = min(examples / len(rows), 1.0) if examples else 1.0
-    attacked = (generator(seed, "audit", "examples").random(len(names)) < share)[place]
+    share = min(examples / max(int(known[rows].sum()), 1), 1.0) if examples else 1.0
+    attacked = (generator(seed, "audit", "examples").random(len(names)) < share)[place] & known[rows]
     coins = np.stack([generator(seed, "audit", "half", model).random(len(names)) < 0.5 for model in range(models)])
     always = {client: rows[~attacked & (owner == client)] for client in shards}
     population = np.concatenate([shard.heldout for shard in shards.values()])
-    return Halves(rows[attacked], owner[attacked], coins[:, place[attacked]], always, np.sort(population))
+    population = np.sort(population[known[population]])
+    return Halves(rows[attacked], owner[attacked], coins[:, place[attacked]], always, population)
 
 
 def groups_of(data: FederatedDataset) -> Index:

@@ -25,10 +25,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from common.corpus import labelled
 from common.errors import InputError
 from common.objective import Examples
 from common.progress import Progress
 from common.seeding import generator
+from common.tokens import Tokens
 from simulations.audits.as_configured import pieces_of_clients
 from simulations.audits.attack import Row
 from simulations.audits.embedding_rows import found_pieces, longest_text
@@ -110,7 +112,10 @@ class Inversion:
             for method, setting in work:
                 step.info(f"{method}: {setting}")
                 clients = bench.victims.clients(self.matched if method in MATCHING else self.victims)
-                row = summed_up(method, setting, [bench.attack(method, setting, client) for client in clients])
+                if method in MATCHING and not bench.single:
+                    row = summed_up(method, setting, ()) | {"note": "it looks for texts of one part and one window"}
+                else:
+                    row = summed_up(method, setting, [bench.attack(method, setting, client) for client in clients])
                 rows.append(row)
                 yield row
                 step.advance()
@@ -140,9 +145,14 @@ class Bench:
     def __post_init__(self) -> None:
         self.victims = Victims(self.lab, self.options.sgd_lr)
         self.public = np.asarray(self.lab.data.public)
+        if not len(self.public):
+            raise InputError("data.public-fraction: inversion is held against guesses from public text; give some")
         self.judge = Judge(self.victims.tokenizer, self.victims.special, self.victims.tokens, self.public)
         self.ordinary = np.setdiff1d(np.arange(len(self.victims.tokenizer)), self.victims.special)
-        self.longest = int(self.victims.tokens.lengths(self.public).max())
+        pairs, tokens = len(self.lab.data.task.text_columns) > 1, self.victims.tokens
+        kinds = getattr(self.lab.federation.student.config, "type_vocab_size", 1) if tokens.typed else 1
+        self.types, self.single = 2 if pairs and kinds > 1 else 1, not pairs and tokens.first is None
+        self.longest = int(widest(self.victims.tokens, self.public).max())
 
     def configured(self) -> Iterator[Row]:
         """Rows of the federation as it is configured."""
@@ -163,8 +173,9 @@ class Bench:
 
     @cached_property
     def asked(self) -> NDArray[np.int64]:
-        """Some public rows."""
-        return generator(self.lab.config.seed, "public signals").permutation(self.public)[:SAMPLE]
+        """Some public rows that have a label."""
+        known = self.public[labelled(np.asarray(self.victims.data.train.labels[self.public]))]
+        return generator(self.lab.config.seed, "public signals").permutation(known)[:SAMPLE]
 
     def attack(self, method: str, setting: Setting, client: int) -> Found:
         """Figures of one method on one client; with `show` the texts as well."""
@@ -199,7 +210,7 @@ class Bench:
         if span is None or span.full or not span.basis.shape[1]:
             return None
         pieces = np.arange(len(self.victims.tokenizer))
-        distance = distances(seen.model, span, pieces, self.longest, seen.compute)
+        distance = distances(seen.model, span, pieces, self.longest, seen.compute, types=self.types)
         inside = (text_in if seen.texts == 1 else pieces_in)(distance, pieces, self.options.tolerance)
         text = [int(piece) for piece in inside if piece not in self.victims.special]
         return [text] if text else None
@@ -215,21 +226,23 @@ class Bench:
         )  # fmt: skip
 
     def _longest(self, seen: Seen, rows: NDArray[np.int64]) -> Found:
-        lengths = self.victims.tokens.lengths(self.public)
-        guess, truth = int(np.median(lengths)), int(self.victims.tokens.lengths(rows).max())
+        guess, chance = likeliest_longest(widest(self.victims.tokens, self.public), len(rows))
+        truth = int(widest(self.victims.tokens, rows).max())
         found = longest_text(seen.model, seen.update)
         nothing = found is None or not found
         return {
             "right": float((guess if nothing else found) == truth),
-            "guess_right": float(np.mean(lengths == guess)),
+            "guess_right": chance,
             "nothing": float(nothing),
         }
 
     def _labels(self, seen: Seen, rows: NDArray[np.int64]) -> Found:
         task, bias = self.lab.data.task, head_bias(seen.model, seen.update)
-        if task.regression or not bias or self.lab.config.data.multi_label:
+        if task.regression or task.multi_label or not bias:
             return {"right": None, "guess_right": None}
         data = self.victims.data.train
+        if not len(self.asked) or not labelled(np.asarray(data.labels[rows])).all():  # nothing to count
+            return {"right": None, "guess_right": None}
         truth = np.bincount(np.asarray(data.labels[rows]), minlength=task.num_labels)
         soft = self.lab.worker.teacher_logits(self.asked)
         signals = signals_of(seen.model, Examples(data, self.asked, soft), seen.recipe, seen.compute)
@@ -237,6 +250,18 @@ class Bench:
         found = count_labels(seen.gradient(bias).numpy(), len(rows), known)
         guess = shared_out(known.shares, len(rows))
         return {"right": 1.0 - label_error(found, truth), "guess_right": 1.0 - label_error(guess, truth)}
+
+
+def widest(tokens: Tokens, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(len(rows),) word pieces of each row's longest window."""
+    return np.asarray(tokens.lengths(rows) // tokens.windows(rows)[1])
+
+
+def likeliest_longest(lengths: NDArray[np.int64], texts: int) -> tuple[int, float]:
+    """The likeliest length of the longest of so many texts that are drawn from some, and how likely it is."""
+    values, counts = np.unique(lengths, return_counts=True)
+    chances = np.diff((np.cumsum(counts) / len(lengths)) ** texts, prepend=0.0)
+    return int(values[chances.argmax()]), float(chances.max())
 
 
 def _shown(judge: Judge, texts: Sequence[Sequence[int]]) -> str:

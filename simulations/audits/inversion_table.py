@@ -18,7 +18,7 @@ MEASURES = {
     "lamp": ("ROUGE-L", "rougeL"),
 }
 SHOWN = ("private", "recovered")  # texts, with the option ``show`` alone
-NO_HEAD = "the head has no bias that tells classes"
+NO_CLASSES = "no bias of the head that tells classes, or examples without a class"
 Found = dict[str, Any]  # figures of one victim by name, None: not to be had here; the guess's as ``guess_...``
 
 
@@ -49,9 +49,11 @@ def summed(found: Sequence[Found], wanted: str, measure: str) -> Row:
     """Means over victims of all figures; the ``wanted`` one as success, with its chance and interval."""
     names = dict.fromkeys(name for one in found for name in one if name not in SHOWN)
     values = {name: [one[name] for one in found if one.get(name) is not None] for name in names}
+    if "nothing" in names:  # of whom something was found, that is not told
+        values["nothing"] = [one.get("nothing", 0.0) for one in found]
     means: Row = {name: float(np.mean(each)) if each else None for name, each in values.items()}
     low, high = interval(values.get(wanted, []))
-    told: Row = {} if values.get(wanted) else {"note": NO_HEAD}
+    told: Row = {} if values.get(wanted) else {"note": NO_CLASSES}
     told |= {"measure": measure, "success": means.pop(wanted, None), "low": low, "high": high}
     return {**told, "chance": means.pop(f"guess_{wanted}", None), "victims": len(found), **means}
 

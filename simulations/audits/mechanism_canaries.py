@@ -15,7 +15,7 @@ from clients.private_steps import Lots, PrivateSteps
 from common.accounting import epsilon
 from common.config import changed
 from common.progress import Progress
-from simulations.audits.attack import Row
+from simulations.audits.attack import EPSILON, Row
 from simulations.audits.canaries import Release, Shapes, audit_release
 from simulations.audits.mechanisms import ClientMechanism, ExampleMechanism, lots_of
 from simulations.audits.one_run import check_canaries, rows_of
@@ -54,7 +54,7 @@ class MechanismCanaries:
         keys = lab.config.privacy
         if keys.unit == "none" or keys.noise_cohort:
             why = "its noise is of another cohort" if keys.noise_cohort else "nothing is noised"
-            yield {"variant": "mechanism", "measure": "epsilon at least", "success": None, "note": why}
+            yield {"variant": "mechanism", "measure": EPSILON, "success": None, "note": why}
             return
         shapes = {f"array {number}": (self.canaries,) for number in range(self.arrays)}
         plan = self._client(lab, shapes) if keys.unit == "client" else self._example(lab, shapes)
@@ -74,6 +74,7 @@ class MechanismCanaries:
         own = {
             "privacy.epsilon": 0.0, "privacy.noise-multiplier": privacy.noise, "privacy.scores-share": 0.0,
             "rounds": steps, "server.cohort": 0 if privacy.rate == 1.0 else max(cohort, 1), "server.packing": "off",
+            "privacy.secure-aggregation": False, "privacy.distributed-noise": False,  # the noised sum is the same
         }  # fmt: skip
         release = ClientMechanism(changed(lab.config, own), shapes, self.canaries)
         return Plan(release, steps, release.privacy.rate, release.privacy.planned(steps))

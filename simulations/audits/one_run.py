@@ -30,7 +30,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from common.errors import InputError
-from simulations.audits.attack import Row
+from simulations.audits.attack import EPSILON, Row
 
 SHARES = (1 / 32, 1 / 8, 1 / 2)  # of the canaries, that are guessed
 MOST = 60.0  # no epsilon beyond is told apart
@@ -165,7 +165,7 @@ def rows_of(variant: str, found: Finding, claimed: float, *, normal: bool, told:
     for name, bound in bounds.items():
         yield {
             "variant": f"{variant}, {name}",
-            "measure": "epsilon at least",
+            "measure": EPSILON,
             "success": bound,
             "low": bound,
             "chance": claimed,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.store import write_atomically
 from simulations.audits.attack import Row
-from simulations.audits.figures import Figure, Line, against, lines
+from simulations.audits.figures import Figure, Line, against, lines, unit_of
 
 if TYPE_CHECKING:
     from simulations.audits.audit_file import Audit
@@ -57,7 +57,8 @@ def _against_epsilon(plan: "Audit", rows: Sequence[Row]) -> Any:
         _chance(axis, rows, line)
         axis.set_title(f"{' '.join(line).strip()}\n{lines(rows)[line]}", fontsize=9)
         axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        factor, sign = unit_of(lines(rows)[line])
+        axis.yaxis.set_major_formatter(lambda value, _, factor=factor, sign=sign: f"{factor * value:g}{sign}")
     if by_unit and shown:
         axes[0].legend(fontsize=8, title="unit", title_fontsize=8)
     return figure
@@ -87,7 +88,8 @@ def _chance(axis: Any, rows: Sequence[Row], line: Line) -> None:
         if (row["attack"], row.get("variant") or "") == line and row.get("chance") is not None
     ]
     if chances and max(chances) - min(chances) > SAME:  # one line would be false for some of the arms
-        said = f"guessing: {100 * min(chances):.0f} to {100 * max(chances):.0f} %"
+        factor, sign = unit_of(lines(rows)[line])
+        said = f"guessing: {factor * min(chances):.0f} to {factor * max(chances):.0f}{sign}"
         axis.text(0.99, 0.99, said, transform=axis.transAxes, fontsize=7, ha="right", va="top", color="grey")
     elif chances:
         axis.axhline(float(np.mean(chances)), color="grey", lw=1, ls=":")

@@ -26,6 +26,7 @@ import numpy as np
 from scipy import stats
 
 from common.config import changed
+from common.corpus import labelled
 from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.keys import ROBUST
@@ -33,7 +34,7 @@ from common.progress import Progress
 from common.seeding import generator
 from server.robust import least_cohort
 from simulations.attacks import flip_labels
-from simulations.audits.attack import Row
+from simulations.audits.attack import MASKED, Row
 from simulations.audits.planted import Columns, piece_of, plant, rarest_word, texts_of
 from simulations.audits.poisoners import Index, Plot, Poisoner, boosted, embedding, norm_of
 from simulations.laboratory import Laboratory, Weights
@@ -85,12 +86,20 @@ class Poisoning:
         if "embedding" in kinds and not lab.config.student.train_embeddings:
             kinds.remove("embedding")
             note = "embeddings are frozen: give student.train-embeddings = true"
-            yield {"variant": "embedding", "measure": "attack success", "success": None, "note": note}
+            yield _untried("embedding", note)
+        if lab.config.privacy.secure_aggregation:
+            yield from (_untried(kind, MASKED) for kind in kinds)
+            return
         own = Laboratory(changed(lab.config, {"server.packing": "off"}), progress, worker=Poisoner)
         scene = Scene(self, own)
         with progress.step("poison", len(rules) * (1 + len(kinds) * len(shares))) as step:
             for rule in rules:
                 step.info(rule)
+                if least_cohort(rule, 0) > scene.cohort:
+                    note = f"{rule} is for {least_cohort(rule, 0)} clients a round or more; here are {scene.cohort}"
+                    yield from (_untried(f"{kind}, {rule}", note) for kind in kinds)
+                    step.advance(1 + len(kinds) * len(shares))
+                    continue
                 clean = scene.student(rule, Plot())
                 step.advance()
                 for kind in kinds:
@@ -112,6 +121,7 @@ class Scene:
         turned, triggered: what they would if they attacked, by turned labels and by the trigger.
         labels: (n,) of the validation texts.
         plain, with_trigger: (n,) rows of these, of which no client learns.
+        cohort: clients of a round.
     """
 
     def __init__(self, keys: Poisoning, lab: Laboratory) -> None:
@@ -124,6 +134,7 @@ class Scene:
             raise InputError(f"poisoning.trigger = {keys.trigger!r}: not one piece of the student's; give another word")
         self.piece, self.bound, self.worker.effort = piece, 0.0, keys.effort
         self.rows = {int(client): self._some(int(client)) for client in lab.data.eligible}
+        self.cohort = min(lab.config.server.cohort or len(self.rows), len(self.rows))
         self.order = generator(lab.config.seed, "hostile").permutation(list(self.rows)).tolist()
         self._plant_lies()
         self._plant_texts()
@@ -198,9 +209,9 @@ class Scene:
         """From now on updates are added up by this rule."""
         strategy = "fedavg" if rule == "norm-bound" else rule
         settings: dict[str, Any] = {}
-        cohort = self.lab.config.server.cohort or len(self.rows)
         if strategy in ROBUST:
-            settings["server.byzantine"] = max(f for f in range(hostile + 1) if least_cohort(strategy, f) <= cohort)
+            borne = (f for f in range(hostile + 1) if least_cohort(strategy, f) <= self.cohort)
+            settings["server.byzantine"] = max(borne)
         bound = self.bound if rule == "norm-bound" else 0.0
         settings |= {"server.strategy": strategy, "server.norm-bound": bound, "server.lr": 0.0}
         self.lab.config = self.lab.method.config = changed(self.lab.config, settings)
@@ -223,7 +234,8 @@ class Scene:
         data, keys = self.lab.data, self.keys
         rows = np.concatenate(list(self.rows.values()))
         texts, labels = texts_of(data.train, rows), np.asarray(data.train.labels[rows])
-        turned = flip_labels(labels, data.task.num_labels)
+        turned, known = labels.copy(), labelled(labels)  # what has no label has none to turn
+        turned[known] = flip_labels(labels[known], data.task.num_labels)
         wanted = np.full_like(labels, keys.target)
         lying = plant(self.lab, texts, turned)
         bent = plant(self.lab, self._with_trigger(texts, generator(self.lab.config.seed, "trigger")), wanted)
@@ -252,6 +264,10 @@ class Scene:
             raise InputError(f"poisoning.target = {self.keys.target}: all validation texts are of that class")
         self.plain = plant(self.lab, texts, self.labels)
         self.with_trigger = plant(self.lab, self._with_trigger(texts, rng), self.labels)
+
+
+def _untried(variant: str, note: str) -> Row:
+    return {"variant": variant, "measure": "attack success", "success": None, "note": note}
 
 
 def _shares(text: str) -> list[float]:

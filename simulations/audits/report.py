@@ -16,7 +16,7 @@ from server.report.plots import COLOURS, SOFT, canvas, legend_above, short, svg,
 from server.report.words import listed, share
 from simulations.audits.attack import Row
 from simulations.audits.figures import Figure as Found
-from simulations.audits.figures import Line, against, lines, wide_sheet
+from simulations.audits.figures import Line, against, lines, unit_of, wide_sheet
 from simulations.audits.plots import GRID, curves_of
 
 if TYPE_CHECKING:
@@ -151,12 +151,14 @@ def _leak(number: int, line: Line, rows: Sequence[Row], table: Mapping[Line, Cel
     known = [arm for arm, cell in table[line].items() if _known(cell) and _known(worth.get(arm))]
     if not known:
         return None
-    both = {arm: tuple(100 * float(_there(cells[arm]).mean or 0.0) for cells in (worth, table[line])) for arm in known}
-    guessed = {arm: 100 * found for arm in known if (found := _guessed(rows, line, arm)) is not None}
+    factor, sign = unit_of(measure)
+    scaled = ((worth, 100.0), (table[line], factor))
+    both = {arm: tuple(by * float(_there(cells[arm]).mean or 0.0) for cells, by in scaled) for arm in known}
+    guessed = {arm: factor * found for arm in known if (found := _guessed(rows, line, arm)) is not None}
     through = {arm: _there(table[line][arm]).through for arm in known}
     figure, axes = canvas(3.0)
     for place, (arm, point) in enumerate(both.items()):
-        face = _colour(place) if through[arm] is not False else "none"
+        face = _colour(place) if through[arm] else "none"
         axes.plot(*point, MARKS[place % len(MARKS)], color=_colour(place), markerfacecolor=face, markersize=8,
                   markeredgewidth=1.6, label=short(arm), clip_on=False)  # fmt: skip
     if guessed:
@@ -165,11 +167,11 @@ def _leak(number: int, line: Line, rows: Sequence[Row], table: Mapping[Line, Cel
     axes.margins(x=0.12)
     axes.set_ylim(0, 1.15 * max(*(leak for _, leak in both.values()), *guessed.values(), 1e-3))
     axes.grid()
-    axes.set(xlabel=f"{short(lines(rows)[UTILITY], 30)}, %", ylabel=f"{short(measure, 30)}, %")
+    axes.set(xlabel=f"{short(lines(rows)[UTILITY], 30)}, %", ylabel=f"{short(measure, 30)}{',' * bool(sign)}{sign}")
     legend_above(figure, axes, 3)
     note = "Right and low is good: a student that is worth much and tells little. Filled: the attack got through."
-    numbers = _leak_table(both, guessed, through, (lines(rows)[UTILITY], measure))
-    return Figure(svg(figure, f"leak-{number}"), _leak_words(both, measure), note, [numbers])
+    numbers = _leak_table(both, guessed, through, (lines(rows)[UTILITY], measure), sign)
+    return Figure(svg(figure, f"leak-{number}"), _leak_words(both, measure, sign), note, [numbers])
 
 
 def _guessed(rows: Sequence[Row], line: Line, arm: str) -> float | None:
@@ -179,11 +181,11 @@ def _guessed(rows: Sequence[Row], line: Line, arm: str) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _leak_words(both: Mapping[str, tuple[float, ...]], measure: str) -> str:
+def _leak_words(both: Mapping[str, tuple[float, ...]], measure: str, sign: str) -> str:
     most, least = (pick(both, key=lambda arm: both[arm][1]) for pick in (max, min))
-    words = f"Most leaks in arm {most}: {both[most][1]:.1f} % ({measure}) at a utility of {both[most][0]:.1f} %"
+    words = f"Most leaks in arm {most}: {both[most][1]:.1f}{sign} ({measure}) at a utility of {both[most][0]:.1f} %"
     if both[most][1] > both[least][1]:
-        words += f"; least in arm {least}: {both[least][1]:.1f} % at {both[least][0]:.1f} %"
+        words += f"; least in arm {least}: {both[least][1]:.1f}{sign} at {both[least][0]:.1f} %"
     return f"{words}."
 
 
@@ -192,11 +194,12 @@ def _leak_table(
     guessed: Mapping[str, float],
     through: Mapping[str, bool | None],
     what: tuple[str, str],
+    sign: str,
 ) -> Table:
     said = {True: "yes", False: "no", None: "-"}
     rows = [
-        (arm, *(f"{value:.2f} %" for value in both[arm]), f"{guessed[arm]:.2f} %" if arm in guessed else "-",
-         said[through[arm]])
+        (arm, f"{both[arm][0]:.2f} %", f"{both[arm][1]:.2f}{sign}",
+         f"{guessed[arm]:.2f}{sign}" if arm in guessed else "-", said[through[arm]])
         for arm in both
     ]  # fmt: skip
     return Table("Utility and leak", ("arm", *what, "guessing", "got through"), rows)

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import from_flat
-from common.errors import InputError
 from common.progress import Progress, Silent
 from common.section import Scalar
 from common.store import write_atomically
@@ -56,10 +55,7 @@ def answers_of(lab: Laboratory, models: int, examples: int, progress: Progress) 
         InputError: the task has no classes to be sure of.
         RunFailed: a process ended.
     """
-    data = lab.data
-    if data.task.regression or data.task.multi_label:
-        raise InputError(f"task = {data.task.name}: membership attacks need one class for each example")
-    halves = draw_halves(data, models, examples, lab.config.seed)
+    halves = draw_halves(lab.data, models, examples, lab.config.seed)
     with _folder_of(lab, examples) as folder:
         missing = [model for model in range(models) if not _file(folder, model).is_file()]
         with progress.step("models on halves of the data", len(missing)) as step:
@@ -67,7 +63,7 @@ def answers_of(lab: Laboratory, models: int, examples: int, progress: Progress) 
                 step.advance()
         said = [_read(_file(folder, model)) for model in range(models)]
     logits = np.stack(said)
-    labels, cut = np.asarray(data.train.labels), len(halves.rows)
+    labels, cut = np.asarray(lab.data.train.labels), len(halves.rows)
     return Answers(halves.inside, logits[:, :cut], labels[halves.rows], logits[:, cut:], labels[halves.population])
 
 

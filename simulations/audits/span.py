@@ -34,6 +34,7 @@ from simulations.audits.victim import Seen
 
 CHUNK = 64  # pieces tried at once
 ROUNDING = 2.0**-24  # of a weight, the deviation that rounding it a few times makes
+ROUGH = 2.0**-8  # of a gradient, likewise, where products are in bfloat16
 SLACK = 1.2  # over the largest singular value that noise alone would have
 
 
@@ -64,7 +65,7 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     """The span of a layer's products of queries, keys and values; None: they were not sent.
 
     Singular values count above the largest of pure noise of that shape, s (sqrt(m) + sqrt(n)) (Marchenko and Pastur
-    1967). An update is rounded as the weights are, which is such noise.
+    1967). An update is rounded as the weights are, and in bfloat16 as the products that make it, which is such noise.
     """
     parts, squares = [], []
     for path in family_of(seen.model).heads:
@@ -78,6 +79,8 @@ def span_of(seen: Seen, layer: int) -> Span | None:
     stack = torch.cat(parts)
     _, sizes, right = torch.linalg.svd(stack, full_matrices=False)
     variance = seen.deviation**2 + float(torch.stack(squares).mean())
+    if seen.compute.bf16:
+        variance += float((ROUGH * stack).square().mean())
     edge = SLACK * variance**0.5 * (stack.shape[0] ** 0.5 + stack.shape[1] ** 0.5)
     rank = int((sizes > edge).sum())
     return Span(right[:rank].T.float().contiguous(), rank >= stack.shape[1])
@@ -99,21 +102,33 @@ def _stopping(model: Any, layer: int, found: list[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute) -> Tensor:
-    """(texts, length, width) what the products of a layer read of texts of these pieces, (texts, length)."""
+def read_by(model: Any, layer: int, pieces: Tensor, compute: Compute, kind: int = 0) -> Tensor:
+    """(texts, length, width) what the products of a layer read of texts of these pieces, (texts, length).
+
+    Args:
+        kind: the pieces' token type; 0: also of models that have none.
+    """
+    types = {"token_type_ids": torch.full_like(pieces, kind)} if kind else {}
     found: list[Tensor] = []
     model.eval()
     with _stopping(model, layer, found), compute.autocast(), suppress(_Read):
-        model(input_ids=pieces, attention_mask=torch.ones_like(pieces))
+        model(input_ids=pieces, attention_mask=torch.ones_like(pieces), **types)
     return found[0].to(torch.bfloat16).float() if compute.bf16 else found[0]
 
 
-def distances(model: Any, span: Span, pieces: NDArray[np.int64], length: int, compute: Compute) -> NDArray[np.float32]:
-    """(len(pieces), length) how far outside the first layer's span each piece would be at each place."""
+def distances(
+    model: Any, span: Span, pieces: NDArray[np.int64], length: int, compute: Compute, *, types: int = 1
+) -> NDArray[np.float32]:
+    """(len(pieces), length) how far outside the first layer's span each piece would be at each place.
+
+    Args:
+        types: token types that a piece may have; the nearest of them counts.
+    """
     found = []
     for start in range(0, len(pieces), CHUNK):
-        part = torch.from_numpy(pieces[start : start + CHUNK])
-        found.append(span.distance(read_by(model, 0, part[:, None].expand(-1, length), compute)).numpy())
+        part = torch.from_numpy(pieces[start : start + CHUNK])[:, None].expand(-1, length)
+        each = [span.distance(read_by(model, 0, part, compute, kind)) for kind in range(types)]
+        found.append(torch.stack(each).amin(dim=0).numpy())
     return np.concatenate(found)
 
 

@@ -6,8 +6,9 @@ the cohort and nothing else.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from clients.distillation import distil
 from common.dataset import load_tokenizer
 from common.device import Compute
 from common.distillation import Student
+from common.families import family_of, side_by_side
 from common.fixed_point import Rows
 from common.models import freeze_embeddings
 from common.objective import Examples
@@ -80,6 +82,7 @@ class Seen:
         steps: local ones.
         cohort: clients that the update is the mean of.
         deviation: of the noise in each number; 0: there is none.
+        clipped: whether updates were scaled down to a norm, nobody says by how much.
     """
 
     model: Any
@@ -90,20 +93,48 @@ class Seen:
     steps: int = 1
     cohort: int = 1
     deviation: float = 0.0
+    clipped: bool = False
 
     @property
     def texts(self) -> int:
         """How many the update is made of."""
         return self.examples * self.cohort
 
-    def descent(self, name: str) -> Tensor:
-        """What gradients have done to an array, float64: the update without the weight decay, which the server knows.
+    @property
+    def decay(self) -> float:
+        """Share of every weight that its decay has taken, before any scaling down."""
+        return 1.0 - float((1.0 - self.recipe.lr * self.recipe.weight_decay) ** self.steps)
 
-        Exact unless the update was scaled down.
+    @cached_property
+    def factor(self) -> float:
+        """What the update was scaled by, 0 to 1, in the mean over the cohort.
+
+        A bias b of all keys adds the same to every score of a query, so that it has no gradient: of SGD its update is
+        -factor decay b. Where that tells nothing (noise, other optimisers, no such bias), 1.
         """
-        kept = (1.0 - self.recipe.lr * self.recipe.weight_decay) ** self.steps
+        if not self.clipped or self.deviation or not self.recipe.sgd:
+            return 1.0
+        moved, biases = (np.concatenate(parts) for parts in zip(*self._key_biases(), strict=True))
+        found = -float(moved @ biases) / max(self.decay * float(biases @ biases), 1e-30)
+        return min(found, 1.0) if found > 0 else 1.0
+
+    def _key_biases(self) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """The update and the value of each layer's bias of keys, and first of none."""
+        yield np.zeros(0), np.zeros(0)
+        paths = family_of(self.model).heads
+        ends = tuple(f".{path}.bias" for path in paths[len(paths) // 2 : len(paths) // 2 + 1])
+        for name in self.update:
+            if name.endswith(ends):
+                pair = self.update[name], self.model.get_parameter(name).detach().numpy()
+                width = len(pair[0]) // side_by_side(self.model, name)
+                keys = slice(width, 2 * width) if len(paths) == 1 else slice(None)
+                yield pair[0][keys].astype(np.float64), pair[1][keys].astype(np.float64)
+
+    def descent(self, name: str) -> Tensor:
+        """What gradients have done to an array, float64: the update without the weight decay, which the server knows,
+        and as it was before it was scaled down, see `factor`."""
         weight = self.model.get_parameter(name).detach().double()
-        found: Tensor = torch.from_numpy(self.update[name]).double() + (1.0 - kept) * weight
+        found: Tensor = torch.from_numpy(self.update[name]).double() / self.factor + self.decay * weight
         return found
 
     def gradient(self, name: str) -> Tensor:
@@ -181,7 +212,10 @@ class Victims:
                 parameter.copy_(weights[name])
         rng = generator(self.lab.config.seed, "noise", client)
         mean, deviation = clip_and_noise(updates, setting.clip, setting.noise, rng)
-        return Seen(student.model, mean, recipe, compute, setting.examples, setting.steps, len(cohort), deviation)
+        return Seen(
+            student.model, mean, recipe, compute, setting.examples, setting.steps, len(cohort), deviation,
+            clipped=setting.clip > 0,
+        )  # fmt: skip
 
     def _examples(self, rows: NDArray[np.int64]) -> Examples:
         pupil = self.lab.federation.pupil

@@ -7,6 +7,7 @@ import torch
 from clients.distillation import distil
 from common.config import from_flat
 from common.dataset import open_dataset
+from common.errors import InputError
 from common.fixed_point import ExactSum, mean
 from common.inference import predict
 from common.models import load_teacher
@@ -95,3 +96,25 @@ def test_each_clients_update_can_be_watched(lab):
     assert_same(seen[1][1], lab.start)
     for name, array in weights.items():
         np.testing.assert_allclose(seen[2][2][name], array, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"server.strategy": "feddf"}, r"server\.strategy = 'feddf': .* give server\.strategy = 'fedavg'"),
+        ({"server.strategy": "fedkd"}, r"server\.strategy = 'fedkd': .* give server\.strategy = 'fedavg'"),
+        ({"distill.general-rounds": 1}, r"distill\.general-rounds = 1: .* give 0"),
+        ({"client.grow-batch": True, "client.lr-decay": "constant"}, r"client\.grow-batch = true: .* give false"),
+    ],
+)
+def test_a_run_whose_rounds_it_does_not_make_is_refused(config, keys, told):
+    other = from_flat({**config.flat(), "server.packing": "auto", "server.wire": "auto", **keys})
+    with pytest.raises(InputError, match=told):
+        Laboratory(other, Silent())
+
+
+@pytest.mark.parametrize("strategy", ["fedmd", "ds-fl"])
+def test_where_no_weights_travel_nothing_is_trained(config, strategy):
+    votes = Laboratory(from_flat({**config.flat(), "server.packing": "auto", "server.strategy": strategy}), Silent())
+    with pytest.raises(InputError, match=rf"server\.strategy = '{strategy}': no weights travel"):
+        votes.train()

@@ -76,6 +76,16 @@ def test_the_mechanism_of_a_run_is_audited_at_its_own_noise(lab):
     assert nothing["success"] is None and nothing["note"] == "nothing is noised"
 
 
+def test_masked_updates_are_noised_as_others_are_and_no_canary_client_can_be_put_in(lab):
+    keys = {**CLIENT, "server.packing": "on", "privacy.secure-aggregation": True}
+    for more in ({}, {"privacy.distributed-noise": True}):
+        masked = lab(**keys, **more)
+        found = bounds(MechanismCanaries(), masked)["normal scores"]
+        assert 0.4 * found["chance"] < found["success"] < found["chance"]
+        (nothing,) = ClientCanaries().run(masked, Silent())
+        assert nothing["success"] is None and nothing["note"].startswith("privacy.secure-aggregation = true")
+
+
 def test_what_canaries_cannot_be_put_into_is_refused(lab):
     with pytest.raises(InputError, match=r"example-canaries\.canaries = 4: give at least 16"):
         list(ExampleCanaries(canaries=4).run(lab(), Silent()))

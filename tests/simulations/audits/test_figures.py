@@ -1,9 +1,14 @@
 """The table of attacks against defences."""
 
+from types import SimpleNamespace
+
 import pytest
 from rich.console import Console
 
+from common.config import Config
+from simulations.audits.attack import EPSILON
 from simulations.audits.figures import against, attack_sheets, wide_sheet
+from simulations.audits.plots import _against_epsilon
 from simulations.table import show
 
 ARMS = ("none", "example-8", "example-3", "example-1", "client-8", "client-3", "client-1")
@@ -35,6 +40,27 @@ def test_an_attack_gets_through_where_its_interval_is_above_chance(rows):
     assert found["rows", ""]["none"].mean is None
     assert found["rows", ""]["client-1"].through is False
     assert found["utility", ""]["none"].through is None
+
+
+def test_without_an_interval_nobody_knows_whether_more_than_chance_got_through():
+    rows = [row("none", 0, "tag", 0.9, chance=0.2), row("client-1", 0, "tag", 0.2, chance=0.2)]
+    found = against(rows, ("none", "client-1"))["tag", ""]
+    assert found["none"].through is None and found["client-1"].through is False
+    [sheet] = attack_sheets(rows, ("none", "client-1"))
+    assert sheet.sections == [[], [("tag", "90.0", "20.0")]]
+
+
+def test_an_epsilon_is_no_share():
+    rows = [row("none", s, "canaries", 0.49 + s, low=0.49, chance=0.0, measure=EPSILON) for s in (0, 1)]
+    assert attack_sheets(rows, ("none",))[0].sections[1] == [("canaries", "0.99*")]
+    assert wide_sheet(rows, ("none",)).sections[1] == [("canaries", "0.99 ±0.71*")]
+    axis = _against_epsilon(plan_of("none"), rows).axes[0]
+    assert axis.yaxis.get_major_formatter()(0.5, 0) == "0.5"
+
+
+def plan_of(*arms):
+    runs = [SimpleNamespace(arm=arm, config=Config()) for arm in arms]
+    return SimpleNamespace(plan=SimpleNamespace(arms=arms, runs=runs))
 
 
 def test_the_table_says_it_in_80_columns(rows, capsys):

@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from common.errors import InputError
 from common.partition import Shard
 from common.texts import Texts
 from simulations.audits.halves import draw_halves
@@ -13,12 +15,15 @@ WORDS = [f"text {row % 500}" for row in range(ROWS)]  # the last hundred say aga
 WORDS[599] = "  TEXT  99 "
 
 
-def data():
+def data(labels=None, **task):
     shards = [Shard(np.arange(0, 290), np.arange(290, 300)), Shard(np.arange(300, 590), np.arange(590, 600))]
     return SimpleNamespace(
+        task=SimpleNamespace(**{"name": "text", "regression": False, "multi_label": False, **task}),
         eligible=np.array([0, 1]),
         shard=lambda client: shards[client],
-        train=SimpleNamespace(texts=(Texts.of(WORDS),), labels=np.zeros(ROWS, dtype=np.int64)),
+        train=SimpleNamespace(
+            texts=(Texts.of(WORDS),), labels=np.zeros(ROWS, dtype=np.int64) if labels is None else labels
+        ),
     )
 
 
@@ -48,3 +53,18 @@ def test_each_client_trains_on_its_members_and_on_what_is_not_attacked():
             assert set(trained[client].tolist()) == set(rows) - outside
             assert len(trained[client]) == len(rows) - len(outside)
     assert halves.population.tolist() == [*range(290, 300), *range(590, 600)]
+
+
+def test_examples_without_a_label_are_trained_on_and_not_attacked():
+    labels = np.arange(ROWS) % 3 - 1
+    halves = draw_halves(data(labels), MODELS, 0, seed=0)
+    assert (labels[halves.rows] >= 0).all() and (labels[halves.population] >= 0).all()
+    assert len(halves.rows) == (labels[np.r_[0:290, 300:590]] >= 0).sum() and len(halves.population)
+    for client, rows in ((0, range(290)), (1, range(300, 590))):
+        assert {row for row in rows if labels[row] < 0} <= set(halves.trained(3)[client].tolist())
+
+
+@pytest.mark.parametrize("task", [{"regression": True}, {"multi_label": True}])
+def test_a_task_whose_examples_have_no_class_each_is_refused(task):
+    with pytest.raises(InputError, match="task = 'text': membership attacks need one class"):
+        draw_halves(data(**task), MODELS, 0, seed=0)

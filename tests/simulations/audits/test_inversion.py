@@ -10,6 +10,7 @@ from common.dataset import load_tokenizer
 from common.objective import Examples
 from common.recipe import PARTS
 from simulations.audits.embedding_rows import found_pieces, has_pairs, longest_text, moved_rows, words_of
+from simulations.audits.inversion import likeliest_longest
 from simulations.audits.inversion_table import interval, summed_up, verdicts
 from simulations.audits.label_counts import Signals, count_labels, head_bias, signals_of
 from simulations.audits.language import Bigrams
@@ -17,7 +18,7 @@ from simulations.audits.matching import Match, _other, ends_of, exchange
 from simulations.audits.reconstruction import Judge, token_scores
 from simulations.audits.span import distances, pieces_in, span_of, text_in
 from simulations.audits.victim import WHOLE, Seen, Setting, clip_and_noise, dense
-from tests.conftest import FP32, make_teacher, stir
+from tests.conftest import BF16, FP32, make_sentences, make_teacher, make_tokens, stir
 from tests.scene import RECIPE, Scene
 
 HARD = {**dict.fromkeys(PARTS, 0.0), "hard": 1.0}
@@ -30,15 +31,16 @@ def wide(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("wide"), width=64)
 
 
-def seen_of(scene, recipe, rows, steps=1, noise=0.0):
+def seen_of(scene, recipe, rows, *, steps=1, noise=0.0, compute=FP32, clip=0.0):
     """What the server sees of the client's own code on these rows."""
-    update = scene.distil(recipe, examples=scene.of(scene.data, np.asarray(rows)))
+    update = scene.distil(recipe, compute, examples=scene.of(scene.data, np.asarray(rows)))
     arrays = dense(update.arrays, {name: tuple(weight.shape) for name, weight in scene.weights.items()})
     with torch.no_grad():
         for name, parameter in scene.student.trained.items():
             parameter.copy_(scene.weights[name])
-    arrays, deviation = clip_and_noise([arrays], 1.0 if noise else 0.0, noise, np.random.default_rng(0))
-    return Seen(scene.student.model, arrays, recipe, FP32, len(rows), steps, 1, deviation)
+    clip = clip or float(noise > 0)
+    arrays, deviation = clip_and_noise([arrays], clip, noise, np.random.default_rng(0))
+    return Seen(scene.student.model, arrays, recipe, compute, len(rows), steps, 1, deviation, clip > 0)
 
 
 def stirred(folder):
@@ -83,6 +85,15 @@ def test_noise_hides_rows_when_it_is_larger_than_they_are(tiny_teacher):
     assert moved_rows(update - 3e-6 * weight, weight).tolist() == [5, 700]  # weight decay is known to be that
 
 
+def test_rows_that_stand_still_say_that_there_is_no_noise():
+    rng = np.random.default_rng(0)
+    weight, moved = rng.standard_normal((60, 16)).astype(np.float32), rng.permutation(60)[:50]
+    update = np.zeros_like(weight)
+    update[moved] = 0.01 * rng.standard_normal((50, 16))
+    assert moved_rows(update, weight).tolist() == sorted(moved)
+    assert moved_rows(update - 3e-6 * weight, weight).tolist() == sorted(moved)
+
+
 def test_labels_of_a_batch_are_counted_while_the_head_is_fresh(tiny_teacher):
     scene = Scene(tiny_teacher, labels=2)
     with torch.no_grad():
@@ -107,6 +118,13 @@ def test_the_label_of_one_example_is_read_off_for_any_head(tiny_teacher):
         assert found[labels[row]] == 1
 
 
+def test_the_longest_of_several_texts_is_guessed_by_hand():
+    lengths = np.array([3, 5, 3, 3])
+    assert likeliest_longest(lengths, 1) == (3, 0.75)
+    assert likeliest_longest(lengths, 2) == (3, 9 / 16)
+    assert likeliest_longest(lengths, 3) == (5, 37 / 64)
+
+
 def test_three_classes_are_counted_from_a_signal_worked_by_hand():
     # p = (1/2, 1/4, 1/4) for every example: dL/dz of class c is p - onehot(c)
     p = np.array([0.5, 0.25, 0.25])
@@ -125,6 +143,38 @@ def test_the_span_of_one_step_holds_one_text_and_no_other_piece(wide):
         assert span.basis.shape[1] == len(text)
         found = text_in(distances(seen.model, span, pieces, 16, FP32), pieces, 0.01)
         assert found == text.tolist()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_how_far_an_update_was_scaled_down_is_read_off_its_keys_biases(tmp_path, family):
+    scene = stirred(make_teacher(tmp_path / "teacher", family, width=64))
+    whole, clipped = (seen_of(scene, STEP, [0], clip=clip) for clip in (0.0, 0.01))
+    length = sum(float(np.square(array).sum()) for array in whole.update.values()) ** 0.5
+    assert whole.factor == 1.0 and clipped.factor == pytest.approx(0.01 / length, rel=1e-3) and length > 0.02
+    name = next(name for name in whole.update if name.endswith(("query.weight", "c_attn.weight")))
+    np.testing.assert_allclose(clipped.descent(name), whole.descent(name), rtol=1e-4, atol=1e-6)
+    assert span_of(clipped, 0).basis.shape[1] == span_of(whole, 0).basis.shape[1] < 64
+
+
+def test_the_second_text_of_a_pair_is_in_the_span_as_what_it_is(wide):
+    scene, pieces = stirred(wide), np.arange(len(load_tokenizer(wide)))
+    tokens = make_tokens(wide, make_sentences(60), make_sentences(60, seed=1))
+    scene.data = replace(scene.data, tokens=tokens)
+    for row in (0, 21):
+        seen, text = seen_of(scene, STEP, [row]), tokens.pieces(np.array([row]))
+        near = distances(seen.model, span_of(seen, 0), pieces, len(text), FP32, types=2)
+        assert text_in(near, pieces, 0.01) == text.tolist()
+        far = distances(seen.model, span_of(seen, 0), pieces, len(text), FP32)
+        assert len(text_in(far, pieces, 0.01)) <= tokens.second[row] < len(text)
+
+
+def test_the_rounding_of_bfloat16_is_no_direction(wide):
+    scene, pieces = stirred(wide), np.arange(len(load_tokenizer(wide)))
+    for row in (0, 21):
+        seen, text = seen_of(scene, STEP, [row], compute=BF16), scene.data.tokens.pieces(np.array([row]))
+        span = span_of(seen, 0)
+        assert span.basis.shape[1] == len(text)
+        assert text_in(distances(seen.model, span, pieces, 16, BF16), pieces, 0.01) == text.tolist()
 
 
 def test_the_span_of_a_batch_holds_its_pieces(wide):
@@ -246,6 +296,11 @@ def test_the_table_puts_what_is_no_better_than_chance_in_brackets():
     text = verdicts(rows)
     assert text[1].split() == ["one", "SGD", "step", "100"] and text[2].split()[-1] == "(30)"
     assert all(len(line) <= 80 for line in text)
+
+
+def test_the_share_of_victims_of_whom_nothing_was_found_is_of_all_victims():
+    found = [{"set_recall": 0.3, "nothing": 1.0}, *[{"set_recall": 1.0}] * 3]
+    assert summed_up("rows", Setting(), found)["nothing"] == 0.25
 
 
 def test_the_interval_of_two_victims_by_hand():

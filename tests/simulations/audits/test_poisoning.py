@@ -71,6 +71,19 @@ def test_attackers_lie_about_labels_and_teacher(lab, scene):
     assert np.array_equal(soft[~lies], lab.worker.teacher_logits(own[~lies]))
 
 
+def test_what_has_no_label_has_none_to_turn(lab, tmp_path):
+    source = make_reviews(tmp_path / "reviews.csv", 400)
+    lines = source.read_text().splitlines()
+    blank = [line.replace(",1,", ",,").replace(",0,", ",,") for line in lines[1::4]]
+    source.write_text("\n".join([lines[0], *blank, *(line for n, line in enumerate(lines[1:]) if n % 4)]) + "\n")
+    keys = {"data.source": str(source), "distill.hard-weight": 0.0, "distill.soft-weight": 1.0}
+    some = Laboratory(changed(lab.config, keys), Silent(), worker=Poisoner)
+    scene, labels = Scene(Poisoning(examples=0, trigger="x"), some), some.worker.data.train.labels
+    own, turned = (np.concatenate(list(each.values())) for each in (scene.rows, scene.turned))
+    assert 0 < (labels[own] < 0).sum() < len(own)
+    assert np.array_equal(labels[turned], np.where(labels[own] < 0, -1, 1 - labels[own]))
+
+
 def test_replacement_makes_the_mean_the_attackers_own_model(lab, scene):
     """Where honest clients stand still, the sum with the boost is what the attacker has learnt."""
     hostile = scene.hostile(0.1)
@@ -118,6 +131,17 @@ def test_replacement_gets_through_the_mean_and_not_through_krum(lab):
         assert row["success"] == row["chance"] or row["hostile"]
     assert rows["fedavg", 1]["low"] > rows["fedavg", 1]["chance"]
     assert rows["krum", 1]["success"] == rows["krum", 1]["chance"]
+
+
+def test_what_cannot_be_tried_is_told_and_the_rest_is(lab):
+    masked = changed(lab.config, {"privacy.secure-aggregation": True, "server.packing": "on"})
+    rows = [*Poisoning(kinds="flip,trigger").run(Laboratory(masked, Silent()), Silent())]
+    assert [(row["variant"], row["success"]) for row in rows] == [("flip", None), ("trigger", None)]
+    assert all("privacy.secure-aggregation" in row["note"] for row in rows)
+    two = Laboratory(changed(lab.config, {"data.clients": 2, "rounds": 1, "client.epochs": 1}), Silent())
+    rows = [*Poisoning(kinds="flip", rules="krum,median", shares="0.3", examples=8).run(two, Silent())]
+    assert [row["success"] is None for row in rows] == [True, False, False]
+    assert rows[0]["variant"] == "flip, krum" and rows[0]["note"].endswith("clients a round or more; here are 2")
 
 
 @pytest.mark.parametrize(

@@ -36,5 +36,13 @@ def test_an_audits_page_says_what_got_through():
     assert "https://example.org/paper" in text
 
 
+def test_an_epsilon_is_told_as_it_is():
+    told = {"success": 0.49, "low": 0.49, "chance": 3.0, "measure": "epsilon at least"}
+    rows = [row for row in ROWS if row["attack"] == "utility"] + [ROWS[0] | {"attack": "canaries"} | told]
+    text = re.sub(r"<[^>]+>", " ", audit_page(rows, ARMS, {}, {}))
+    assert "Most leaks in arm none: 0.5 (epsilon at least) at a utility of 80.0 %." in text
+    assert re.search(r"none +80\.00 % +0\.49 +3\.00 +no", text)
+
+
 def test_an_audit_without_rows_has_a_page():
     assert "No attack has ended yet." in audit_page([], ARMS, {}, {})

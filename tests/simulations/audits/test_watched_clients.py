@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from simulations.audits.fedmia import all_for_one, moved
+from common.config import from_flat
+from common.progress import Silent
+from simulations.audits.fedmia import FedMia, all_for_one, combined, moved
 from simulations.audits.rates import auc
 from simulations.audits.votes import SURE, as_logits
+from simulations.laboratory import Laboratory
+from tests.conftest import make_reviews
 
 CLIENTS = np.array([2, 5, 7, 9])
 
@@ -18,7 +22,7 @@ def test_all_for_one_is_that_of_a_loop_over_examples():
     found = all_for_one(phi, CLIENTS, owner)
     for x, one in enumerate(owner):
         if one == 11:
-            assert found[x] == 0.0
+            assert np.isnan(found[x])
             continue
         others = [phi[k, x] for k, client in enumerate(CLIENTS) if client != one]
         own = phi[CLIENTS.tolist().index(one), x]
@@ -30,6 +34,36 @@ def test_a_client_that_is_as_sure_as_the_others_says_half():
     phi = np.array([[2.0, 3.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     found = all_for_one(phi, CLIENTS, np.array([2, 2]))
     assert np.exp(found) == pytest.approx([0.5, norm.cdf(1.0)])
+
+
+def test_rounds_are_combined_as_fisher_does():
+    p = np.array([[0.3, 0.7, np.nan], [0.9, np.nan, np.nan]])
+    both, one, none = combined(np.log(p))
+    # of two: Pr[Gamma(2, 1) >= x] = (1 + x) exp(-x) at x = -log 0.27
+    assert 1 / (1 + np.exp(-both)) == pytest.approx((1 - np.log(0.27)) * 0.27)
+    assert 1 / (1 + np.exp(-one)) == pytest.approx(0.7)
+    assert np.isnan(none)
+    assert np.isfinite(combined(np.array([[-1e5, -0.0]]))).all()
+
+
+def test_how_often_a_client_was_drawn_says_nothing_of_what_it_holds():
+    """The share of the rounds' p is uniform: whoever is in fewer rounds is not accused more."""
+    rng = np.random.default_rng(0)
+    p = np.log(rng.random((8, 4000)))
+    p[1:, :2000] = np.nan
+    assert auc(combined(p)[:2000], combined(p)[2000:]) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("strategy", ["median", "multi-krum"])
+def test_updates_that_a_rule_compares_are_watched_one_by_one(tmp_path, tiny_teacher, strategy):
+    keys = {
+        "task": "text", "data.source": str(make_reviews(tmp_path / "reviews.csv")), "data.clients": 6,
+        "data.max-length": 32, "data.alpha": 10.0, "teacher.model": str(tiny_teacher), "student.layers": 2,
+        "rounds": 2, "server.cohort": 5, "server.strategy": strategy,
+    }  # fmt: skip
+    lab = Laboratory(from_flat(keys), Silent())
+    (row,) = FedMia(models=1).run(lab, Silent())
+    assert 0.0 <= row["success"] <= 1.0 and row["members"] > 10
 
 
 @pytest.mark.parametrize("gain, low, high", [(0.0, 0.45, 0.55), (4.0, 0.85, 1.0)])
