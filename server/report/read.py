@@ -19,9 +19,8 @@ UNFINISHED = "unfinished"
 MOST_SHOWN = 60  # characters of a value that is refused
 FAULTS = ("failed", "rejected", "late")
 Line = dict[str, Any]
-Shards = tuple[
-    list[str], NDArray[np.int64], NDArray[np.int64]
-]  # classes, (clients, classes) of each, (clients,) of all
+# names of the classes, (clients, classes) examples of each, (clients,) examples of all
+Shards = tuple[list[str], NDArray[np.int64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
