@@ -23,7 +23,6 @@ from scipy import stats
 
 Rows = NDArray[np.int64]
 POSITIONS = ("position_embeddings.weight", "wpe.weight")
-SEGMENTS = ("token_type_embeddings.weight",)
 ROUNDING = 2.0**-20  # of a row, what float32 steps of decay along it may leave across it
 
 
@@ -69,11 +68,3 @@ def longest_text(model: Any, update: Mapping[str, NDArray[np.float32]]) -> int |
     """Pieces of the longest text, special ones included; None: no rows were sent, or the model has no such table."""
     name = _named(update, POSITIONS)
     return None if not name else len(moved_rows(update[name], model.get_parameter(name).detach().numpy()))
-
-
-def has_pairs(model: Any, update: Mapping[str, NDArray[np.float32]]) -> bool | None:
-    """Whether some text has a second part; None: as for `longest_text`."""
-    name = _named(update, SEGMENTS)
-    if not name or len(update[name]) < 2:
-        return None
-    return 1 in moved_rows(update[name], model.get_parameter(name).detach().numpy())

@@ -89,7 +89,7 @@ def _chance(axis: Any, rows: Sequence[Row], line: Line) -> None:
     ]
     if chances and max(chances) - min(chances) > SAME:  # one line would be false for some of the arms
         factor, sign = unit_of(lines(rows)[line])
-        said = f"guessing: {factor * min(chances):.0f} to {factor * max(chances):.0f}{sign}"
+        said = f"guessing: {factor * min(chances):.3g} to {factor * max(chances):.3g}{sign}"
         axis.text(0.99, 0.99, said, transform=axis.transAxes, fontsize=7, ha="right", va="top", color="grey")
     elif chances:
         axis.axhline(float(np.mean(chances)), color="grey", lw=1, ls=":")
