@@ -104,15 +104,18 @@ def _heldout(groups: NDArray[np.int64], client: int, share: float, seed: int) ->
     return chosen[inverse]
 
 
+def normal_form(text: str) -> str:
+    """What two texts have in common that count as one: case and the spaces between words do not tell them apart."""
+    return " ".join(text.casefold().split())
+
+
 def text_groups(table: Table) -> NDArray[np.int64]:
     """(n,) group number of each example: connected components of "shares a text with"."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
     number: dict[str, int] = {}
-    nodes = [
-        [number.setdefault(" ".join(text.casefold().split()), len(number)) for text in column] for column in table.texts
-    ]
+    nodes = [[number.setdefault(normal_form(text), len(number)) for text in column] for column in table.texts]
     if len(nodes) == 1:
         return np.asarray(nodes[0], dtype=np.int64)
     first, second = (np.asarray(column, dtype=np.int64) for column in nodes)

@@ -6,9 +6,10 @@ import numpy as np
 
 from common.config import Config
 from common.corpus import load_corpus
+from common.dataset import FederatedDataset
 from common.errors import InputError
 from common.files import read_lines
-from common.partition import cut_groups, text_groups
+from common.partition import cut_groups, normal_form, text_groups
 from common.seeding import generator
 from common.tasks import GLUE
 
@@ -36,6 +37,20 @@ def load_public_text(config: Config) -> list[str]:
     if not found:
         raise InputError(f"data.public-text = {name!r}: no text in it; give a file with a text on each line")
     return found
+
+
+def apart_from(data: FederatedDataset, texts: list[str]) -> list[str]:
+    """The texts that neither a client of the run holds nor its public validation, in their order.
+
+    Tasks share sentences (STS-B has some of MRPC's), and a file may repeat what a client holds: a text stands on one
+    side of every cut. Clients on devices of their own are not known here; for their text the file's owner answers.
+    """
+    if not texts:
+        return []
+    elsewhere = np.setdiff1d(np.arange(len(data.train)), data.public)
+    others = [(data.train, elsewhere)] + [(split, np.arange(len(split))) for split in data.validation.values()]
+    taken = {normal_form(text) for split, rows in others for column in split.texts for text in column.take(rows)}
+    return [text for text in texts if normal_form(text) not in taken]
 
 
 def _all_glue(config: Config) -> list[str]:

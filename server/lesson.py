@@ -11,7 +11,7 @@ from common.errors import InputError
 from common.keys import PUBLIC
 from common.models import load_teacher
 from common.progress import Progress
-from common.public_text import load_public_text
+from common.public_text import apart_from, load_public_text
 from common.store import cache_folder
 from server.robust import check_byzantine
 from server.teacher import Teacher, TeacherSource, check_head, check_length, prepare_teacher
@@ -23,7 +23,7 @@ class Lesson:
     """The data of a run and a teacher that fits it, with the model and its scores on public validation.
 
     Attributes:
-        text: public text besides the task's own.
+        text: public text besides the task's own, apart from what is private or scored.
     """
 
     data: FederatedDataset
@@ -43,10 +43,15 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
     compute = choose_compute(config.runtime.device, config.client.precision)
     check_length(source, config.data.max_length)
     cache = cache_folder(config.runtime.cache)
-    text = tuple(load_public_text(config))
+    text = load_public_text(config)
     data = prepare_dataset(config, source.folder, cache, progress, corpus)
     check_clients(config, data)
-    if config.student.general_epochs and not text and not len(data.public):
+    public_text = apart_from(data, text)
+    if left_out := len(text) - len(public_text):
+        progress.line(
+            f"data.public-text: {left_out:,} of {len(text):,} left out: clients hold them, or scores are of them"
+        )
+    if config.student.general_epochs and not public_text and not len(data.public):
         raise InputError(
             f"student.general-epochs = {config.student.general_epochs}: no public text; give data.public-text, or a "
             "larger data.public-fraction"
@@ -59,7 +64,7 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
     check_head(source, data.task, len(data.public))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)
-    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, text)
+    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, tuple(public_text))
 
 
 def check_clients(config: Config, data: FederatedDataset) -> None:

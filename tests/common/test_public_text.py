@@ -1,14 +1,17 @@
 """Public text without labels: a file of lines, or what is public of every GLUE task."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from common.config import from_flat
 from common.corpus import load_corpus
-from common.dataset import _cut
+from common.dataset import _cut, prepare_dataset
 from common.errors import InputError
-from common.public_text import load_public_text
+from common.progress import Silent
+from common.public_text import apart_from, load_public_text
 
 
 def texts(**keys):
@@ -67,6 +70,21 @@ def test_of_every_glue_task_what_would_be_public_if_it_were_the_runs(tmp_path):
     clients.mkdir()
     (clients / "a.csv").write_text("sentence,label\nmine,0\n")
     assert texts(task="cola", data__public_text="glue", data__private=str(clients), **keys) == found
+
+
+def test_a_text_that_a_client_holds_or_a_score_is_of_is_not_public(tmp_path, tiny_teacher):
+    sentences = [f"sentence {number}" for number in range(40)]
+    glue(tmp_path, "cola", sentence=sentences, label=[0, 1] * 20)
+    keys = {"task": "cola", "data.source": str(tmp_path), "data.public-fraction": 0.25, "data.clients": 2}
+    config = from_flat({**keys, "data.min-examples": 2})
+    corpus = load_corpus(config)
+    corpus = replace(corpus, validation={"validation": replace(corpus.train, texts=(["Scored here"] * 40,))})
+    data = prepare_dataset(config, tiny_teacher, tmp_path / "cache", Silent(), corpus)
+    public = set(data.train.texts[0].take(data.public))
+    assert len(public) == 10
+    found = apart_from(data, [*(f"  SENTENCE {number}" for number in range(40)), "scored HERE", "of nobody"])
+    assert {text.strip().lower() for text in found} == public | {"of nobody"}
+    assert apart_from(data, []) == []
 
 
 def test_glues_text_needs_a_glue_folder():
