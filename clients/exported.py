@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import InputError
+from common.files import clean
 
 FORMAT = 1
 FLOATS, BYTES, SPEC, TOKENIZER, CARD = "model.fp32.onnx", "model.int8.onnx", "model.json", "tokenizer.json", "card.json"
@@ -113,7 +114,8 @@ class Exported:
 
     def windows(self, columns: Sequence[Sequence[str]]) -> list[list[Window]]:
         """The windows of each example; of its texts one or two columns, each of the same length."""
-        rows = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+        texts = [[clean(text) for text in column] for column in columns]
+        rows = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
         found = self._tokenizer.encode_batch(rows)
         whole = [[each, *each.overflowing][: self.spec.windows] for each in found]
         return [[(each.ids, each.type_ids) for each in windows] for windows in whole]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clients.exported import Exported, Spec, probabilities
 from common.errors import InputError
-from common.files import read_columns
+from common.files import column, read_columns
 from common.progress import Progress
 from common.toy import toy_corpus
 
@@ -86,12 +86,10 @@ def rows_of_file(spec: Spec, path: Path, text_columns: str) -> list[Row]:
     if not path.is_file():
         raise InputError(f"--csv {path}: no such file")
     found = read_columns(path)
-    for name in names:
-        if name not in found:
-            raise InputError(f"{path}: no column {name!r}; found {', '.join(found)}: name others with --text-columns")
-    columns = [found[name]() for name in names]
-    for name, column in zip(names, columns, strict=True):
-        for number, text in enumerate(column, start=1):
+    advice = "is the first line a header? name others with --text-columns"
+    columns = [column(found, name, str(path), advice) for name in names]
+    for name, values in zip(names, columns, strict=True):
+        for number, text in enumerate(values, start=1):
             if not isinstance(text, str):
                 raise InputError(f"{path}: row {number} has no text in column {name!r}")
     return list(zip(*columns, strict=True))

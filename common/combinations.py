@@ -48,6 +48,12 @@ def _check_data(config: Keys) -> None:
     data = config.data
     if data.multi_label and config.task != "text":
         raise ValueError(f"data.multi-label = true: examples of task = {config.task} have one label each; give false")
+    if config.task != "text":
+        of_files = {"validation": data.validation, "text-columns": data.text_columns}
+        of_files["label-column"] = "" if data.label_column == "label" else data.label_column
+        for key, value in of_files.items():
+            if value:
+                raise ValueError(f"data.{key} = {value!r}: it is for task = 'text', not {config.task!r}; leave it out")
     if data.stride and data.windows == 1:
         raise ValueError(
             f"data.stride = {data.stride}: with data.windows = 1 there is nothing to share; give more windows"
@@ -130,6 +136,10 @@ def _general_rounds_come_first(config: Keys) -> None:
         "student.train-embeddings = true": student.train_embeddings,
         f"client.micro-budget = {AUTO_BUDGET}": config.client.micro_budget == AUTO_BUDGET,
         f"client.memory-limit = {config.client.memory_limit}": config.client.memory_limit > 0,
+        "client.grow-batch = true": config.client.grow_batch,
+        f"server.average-rounds = {config.server.average_rounds} of rounds = {config.rounds}": (
+            config.server.average_rounds > config.rounds - keys.general_rounds
+        ),
     }
     _refuse(told, against)
 

@@ -32,7 +32,7 @@ class Config(Keys):
         data = dict(values.get("data", {}))
         toy = values.get("task", "toy") == "toy"
         if data.get("partition", "auto") == "auto":
-            own = data.get("private") or (toy and not data.get("clients"))
+            own = data.get("private") or data.get("partition-by") or (toy and not data.get("clients"))
             data["partition"] = "natural" if own else "dirichlet"
         if data["partition"] == "natural" and toy and not data.get("partition-by"):
             data["partition-by"] = "domain"

@@ -4,7 +4,6 @@ Everything a user can get wrong in data is found here, before a worker starts. A
 column and the row, never the text or the label: both may be private.
 """
 
-import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.config import Config
 from common.errors import InputError
-from common.files import READERS, Columns, read_columns, read_public
+from common.files import READERS, Columns, clean, column, read_columns, read_public
 from common.hub import fetch_folder
 from common.keys import AT_CLIENTS, DataKeys
 from common.seeding import generator
@@ -118,12 +117,12 @@ def own_table(path: Path, task: Task, config: Config) -> Table:
         raise InputError(f"{path}: no such file; give a CSV, JSONL or Parquet file")
     columns, where = read_columns(path), str(path)
     texts = _texts(columns, task.text_columns, where, strict=task.name == "text")
-    values = _column(columns, task.label_column, where)
+    values = column(columns, task.label_column, where)
     if task.name == "text":
-        cells = _cells(values, config.data)
+        cells = _cells(values, config.data, where)
         labels = _file_labels(cells, task.labels, where, task.multi_label)
     else:
-        labels = _glue_labels(values, task, where)
+        labels = _glue_labels(values, task, where, gaps=True)
     table = Table(texts, labels)
     _check_labels(table, config, where)
     return table
@@ -204,21 +203,27 @@ def _read_glue(folder: Path, split: str, task: Task, config: Config | None) -> T
     owners = None
     if config is not None and config.data.partition == "natural" and not config.data.private:
         owners = _owners(columns, config.data.partition_by, where)
-    return Table(texts, _glue_labels(_column(columns, task.label_column, where), task, where), owners)
+    return Table(texts, _glue_labels(column(columns, task.label_column, where), task, where), owners)
 
 
-def _glue_labels(values: Sequence[Any], task: Task, where: str) -> NDArray[Any]:
+def _glue_labels(values: Sequence[Any], task: Task, where: str, *, gaps: bool = False) -> NDArray[Any]:
+    """Class numbers or scores.
+
+    Args:
+        gaps: whether an empty cell is an example without a label; see `Table`.
+    """
     highest = 5 if task.regression else task.num_labels - 1
-    try:
-        labels = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: the column {task.label_column} holds no numbers") from None
-    wrong = ~((labels >= 0) & (labels <= highest))
-    if not task.regression:
-        wrong |= labels != np.floor(labels)
-    if wrong.any():
-        raise InputError(f"{where}: row {int(np.flatnonzero(wrong)[0]) + 1}: the label is outside 0 to {highest}")
-    return labels if task.regression else labels.astype(np.int64)
+    labels = np.full(len(values), np.nan)
+    for row, value in enumerate(values):
+        if gaps and not _label_text(value):
+            continue
+        try:
+            labels[row] = float(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: row {row + 1} of the column {task.label_column} is no number") from None
+        if not 0 <= labels[row] <= highest or not (task.regression or labels[row].is_integer()):
+            raise InputError(f"{where}: row {row + 1}: the label is outside 0 to {highest}")
+    return labels if task.regression else np.where(np.isnan(labels), -1, labels).astype(np.int64)
 
 
 def _file(config: Config) -> Corpus:
@@ -228,7 +233,7 @@ def _file(config: Config) -> Corpus:
         raise InputError(f"data.text-columns = {data.text_columns!r}: give one column, or two with a comma between")
     train = _read_file("data.source", data.source)
     texts = _texts(train, names, data.source, strict=True)
-    cells = _cells(_column(train, data.label_column, data.source), data)
+    cells = _cells(column(train, data.label_column, data.source), data, data.source)
     classes = _classes({name for cell in cells for name in cell or ()}, data.label_column)
     natural = data.partition == "natural" and not data.private
     owners = _owners(train, data.partition_by, data.source) if natural else None
@@ -236,7 +241,7 @@ def _file(config: Config) -> Corpus:
     validation = {}
     if data.validation:
         other = _read_file("data.validation", data.validation)
-        cells = _cells(_column(other, data.label_column, data.validation), data)
+        cells = _cells(column(other, data.label_column, data.validation), data, data.validation)
         labels = _file_labels(cells, classes, data.validation, data.multi_label)
         validation = {"validation": Table(_texts(other, names, data.validation, strict=True), labels)}
     return Corpus(text_task(names, classes, data.label_column, data.multi_label), table, validation)
@@ -249,17 +254,8 @@ def _read_file(key: str, name: str) -> Columns:
     return read_columns(path)
 
 
-def _column(columns: Columns, name: str, where: str) -> list[Any]:
-    if name not in columns:
-        # not the names themselves: without a header line they would be a private text and its label
-        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
-        hint = f"; did you mean {near[0]}?" if near else "; is the first line a header, and the key right?"
-        raise InputError(f"{where}: no column {name!r} among its {len(columns)}{hint}")
-    return columns[name]()
-
-
 def _owners(columns: Columns, name: str, where: str) -> list[str]:
-    owners = [_label_text(value) for value in _column(columns, name, f"data.partition-by: {where}")]
+    owners = [_label_text(value) for value in column(columns, name, f"data.partition-by: {where}")]
     if "" in owners:
         raise InputError(f"{where}: row {owners.index('') + 1} has no value in {name}, the column of its client")
     return owners
@@ -271,7 +267,7 @@ def _texts(columns: Columns, names: tuple[str, ...], where: str, strict: bool) -
     GLUE's own QQP holds a few pairs with one empty question, so only ``strict`` refuses those; an example
     with no text at all is always refused.
     """
-    texts = tuple([_text(value) for value in _column(columns, name, where)] for name in names)
+    texts = tuple([_text(value) for value in column(columns, name, where)] for name in names)
     if not texts[0]:
         raise InputError(f"{where}: no rows")
     for number, row in enumerate(zip(*texts, strict=True), start=1):
@@ -281,8 +277,7 @@ def _texts(columns: Columns, names: tuple[str, ...], where: str, strict: bool) -
 
 
 def _text(value: Any) -> str:
-    # a lone surrogate survives JSON but is no UTF-8: no tokenizer takes it
-    return value.encode("utf-8", "ignore").decode().strip() if isinstance(value, str) else ""
+    return clean(value) if isinstance(value, str) else ""
 
 
 def _label_text(value: Any) -> str:
@@ -293,9 +288,12 @@ def _label_text(value: Any) -> str:
     return _text(str(value))
 
 
-def _cells(values: list[Any], data: DataKeys) -> list[Cell]:
+def _cells(values: list[Any], data: DataKeys, where: str) -> list[Cell]:
     """The class names in each cell of the label column."""
     if not data.multi_label:
+        for row, value in enumerate(values, start=1):
+            if isinstance(value, list | dict):
+                raise InputError(f"{where}: row {row} has several labels; set data.multi-label = true, or give one")
         return [(text,) if (text := _label_text(value)) else None for value in values]
     return [_names(value, data.label_separator) for value in values]
 

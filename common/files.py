@@ -6,6 +6,7 @@ of this module names the file and the line, never what stands there.
 """
 
 import csv
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,6 +33,28 @@ def read_columns(path: Path) -> Columns:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return reader(path)
+
+
+def column(
+    columns: Columns, name: str, where: str, advice: str = "is the first line a header, and the key right?"
+) -> list[Any]:
+    """The values of a column.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in columns:
+        # not the names themselves: without a header line they would be a private text and its label
+        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else advice
+        raise InputError(f"{where}: no column {name!r} among its {len(columns)}; {hint}")
+    return columns[name]()
+
+
+def clean(text: str) -> str:
+    """A text as every model of this program reads it, where it learns and where it is used: without outer spaces."""
+    # a lone surrogate survives JSON but is no UTF-8: no tokenizer takes it
+    return text.encode("utf-8", "ignore").decode().strip()
 
 
 def read_public(paths: Sequence[Path]) -> Columns:

@@ -39,7 +39,7 @@ class DataKeys(Section):
     partition: Literal["auto", "iid", "dirichlet", "shards", "zipf", "natural"] = Field(
         "auto",
         description="how private text is cut: iid, dirichlet, shards (of labels), zipf (sizes) or natural (owners); "
-        "auto: dirichlet, but natural for `toy` when `data.clients` is 0",
+        "auto: dirichlet, but natural with `data.partition-by`, and for `toy` when `data.clients` is 0",
     )
     partition_by: str = Field("", description="column whose values are the clients of `natural`")
     alpha: float = Field(

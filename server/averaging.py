@@ -3,7 +3,8 @@
 Cohorts with skewed labels pull the weights to and fro from round to round; their mean over the last rounds lies
 between (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046; for networks Izmailov et al. 2018,
 https://arxiv.org/abs/1803.05407). Rounds go on from the weights themselves: only the last round ends in the mean. A run
-that goes on with more rounds than before has another last k: the mean is then over those of them that came after.
+that goes on with more rounds than before goes on from what its last round would have been without, and has another last
+k: the mean is then over those of them that came after.
 """
 
 import numpy as np
@@ -13,7 +14,7 @@ from common.config import Config
 
 Weights = dict[str, NDArray[np.float32]]
 Memory = dict[str, NDArray[np.float64]]
-SUM, SINCE = "sum-of-last/", "summed-since"
+SUM, SINCE, WITHOUT = "sum-of-last/", "summed-since", "without-mean/"
 
 
 def mean_of_last(config: Config, number: int, weights: Weights, memory: Memory) -> Weights:
@@ -21,7 +22,7 @@ def mean_of_last(config: Config, number: int, weights: Weights, memory: Memory) 
 
     Args:
         memory: the server's between rounds, where the sum so far is kept: float64 under ``sum-of-last/NAME``, and the
-            round it began in.
+            round it began in; from the last round on what that would have ended with, under ``without-mean/NAME``.
     """
     first = config.rounds - config.server.average_rounds + 1
     since = int(memory.pop(SINCE, np.zeros(1))[0])
@@ -35,4 +36,10 @@ def mean_of_last(config: Config, number: int, weights: Weights, memory: Memory) 
         memory.update({SUM + name: total for name, total in sums.items()})
         memory[SINCE] = np.array([since], dtype=np.float64)
         return weights
+    memory.update({WITHOUT + name: np.asarray(weight, dtype=np.float64) for name, weight in weights.items()})
     return {name: np.asarray(total / (number - since + 1), dtype=np.float32) for name, total in sums.items()}
+
+
+def to_go_on_from(weights: Weights, memory: Memory) -> Weights:
+    """Where the next round starts: the weights, or what they would be if no last round had ended in a mean."""
+    return {name: np.asarray(memory.pop(WITHOUT + name, weight), dtype=np.float32) for name, weight in weights.items()}

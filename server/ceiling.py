@@ -12,6 +12,7 @@ from common.config import Config
 from common.dataset import FederatedDataset, prepare_dataset
 from common.device import choose_compute
 from common.errors import InputError
+from common.keys import AT_CLIENTS
 from common.models import count_parameters, load_teacher
 from common.partition import Index
 from common.progress import Progress
@@ -38,6 +39,8 @@ def prepare_ceiling(config: Config, progress: Progress) -> Ceiling:
     Raises:
         InputError: a key, a file or the combination of both is wrong.
     """
+    if config.data.private == AT_CLIENTS:
+        raise InputError(f"data.private = {AT_CLIENTS!r}: the private texts are with the clients; there is no ceiling")
     source = find_teacher(config.teacher.model)
     compute = choose_compute(config.runtime.device, config.client.precision)
     check_length(source, config.data.max_length)

@@ -106,7 +106,7 @@ def summarise(federation: Federation, history: History, status: str, seconds: fl
         "rounds": history.rounds,
         "clients": data.clients,
         "clients_left_out": data.clients - len(data.eligible),
-        "cohort": federation.config.server.cohort or len(data.eligible),
+        "cohort": min(federation.config.server.cohort or data.clients, len(federation.drawn_from)),
         "teacher": teacher,
         "student": student,
         "tiers": _tiers(federation, history),

@@ -8,10 +8,11 @@ from common.corpus import Corpus
 from common.dataset import FederatedDataset, prepare_dataset
 from common.device import Compute, choose_compute
 from common.errors import InputError
-from common.keys import PUBLIC
+from common.keys import AT_CLIENTS, PUBLIC
 from common.models import load_teacher
 from common.progress import Progress
 from common.public_text import apart_from, load_public_text
+from common.secure_sum import LEAST
 from common.store import cache_folder
 from server.robust import check_byzantine
 from server.teacher import Teacher, TeacherSource, check_head, check_length, prepare_teacher
@@ -45,7 +46,8 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
     cache = cache_folder(config.runtime.cache)
     text = load_public_text(config)
     data = prepare_dataset(config, source.folder, cache, progress, corpus)
-    check_clients(config, data)
+    if corpus is not None or config.data.private != AT_CLIENTS:  # else a teacher alone is wanted, without clients
+        check_clients(config, data)
     public_text = apart_from(data, text)
     if left_out := len(text) - len(public_text):
         progress.line(
@@ -70,11 +72,18 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
 def check_clients(config: Config, data: FederatedDataset) -> None:
     """Raise `InputError` when the cohort is larger than the clients that take part, or too small for the rule."""
     ready = len(data.eligible)
+    told = f"{ready} of {data.clients} clients hold data.min-examples = {config.data.min_examples} private examples"
     if config.server.cohort > ready:
         raise InputError(
-            f"server.cohort = {config.server.cohort}: {ready} of {data.clients} clients hold data.min-examples = "
-            f"{config.data.min_examples} private examples; give a smaller cohort, fewer clients or a smaller minimum"
+            f"server.cohort = {config.server.cohort}: {told}; give a smaller cohort, fewer clients or a smaller minimum"
         )
+    if config.privacy.secure_aggregation and ready < LEAST:
+        raise InputError(
+            f"privacy.secure-aggregation = true: {told}, and fewer than {LEAST} hide nobody; give a smaller minimum "
+            "or more clients"
+        )
+    if config.client.grow_batch and ready < 2:
+        raise InputError(f"client.grow-batch = true: {told}, and one has no noise scale; give a smaller minimum")
     if config.server.strategy in PUBLIC and not len(data.public):
         raise InputError(
             f"data.public-fraction = {config.data.public_fraction}: no example is public, and server.strategy = "

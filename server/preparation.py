@@ -92,6 +92,11 @@ class Federation:
         whole = np.flatnonzero([*fit, True])
         return np.asarray(self.data.eligible[np.isin(self.tier_of[self.data.eligible], whole)])
 
+    @property
+    def drawn_from(self) -> NDArray[np.int64]:
+        """Ids of the clients that a round's cohort is drawn from."""
+        return self.able if self.config.student.tier_mode == "exclusive" else self.data.eligible
+
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """The trained arrays by name, float32, as they travel: the student's, and the smaller ones' exits."""
         start = self.tiers.initial() | load_exits(self.pupil)

@@ -26,7 +26,7 @@ from common.secure_sum import LEAST
 from common.wire import ClientLine, unpack_lines, unpack_sums
 from server.aggregation import UpTo
 from server.assignment import pick_cohort
-from server.averaging import mean_of_last
+from server.averaging import mean_of_last, to_go_on_from
 from server.checkpoint import Checkpoint, load_latest, save_checkpoint
 from server.client_privacy import ClientPrivacy
 from server.consensus import Consensus
@@ -155,8 +155,7 @@ class FederatedDistillation(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         number, keys = self.done + server_round, self.config.server
-        federation = self.federation
-        ready = federation.able if self.config.student.tier_mode == "exclusive" else self.data.eligible
+        ready = self.federation.drawn_from
         if self.method.privacy is not None:
             known = self.method.privacy.released.has("update", number)
             self.cohort = () if known else self.method.privacy.cohort(ready)
@@ -398,6 +397,8 @@ class FederatedDistillation(Strategy):
                 )
         self.continued = True
         self.done, self.weights, self.optimizer = found.round, found.weights, found.optimizer
+        if self.done < self.config.rounds:
+            self.weights = to_go_on_from(self.weights, self.optimizer)
         self.journal.history = History(**found.state["history"])
         self.taught = set(found.state["taught"])
         self.exchange.run = found.state["run"]

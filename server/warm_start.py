@@ -56,7 +56,7 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
         "distill": config.distill.model_dump(exclude={"prior_correction"}),  # of skewed clients
         "client": [
             _budget(config),
-            config.client.micro_budget,
+            config.client.micro_budget or config.client.token_budget,  # dropout draws anew for each part
             DECAY,
             CLIP,
         ],

@@ -89,6 +89,26 @@ def test_batches_are_padded_without_a_trace_and_keep_the_order(folder):
     assert [each["label"] for each in said(folder, [("good",), ("bad",)] * 1500)] == ["yes", "no"] * 1500
 
 
+def test_texts_are_read_as_they_were_learnt_from(tmp_path):
+    folder = write_export(tmp_path / "model", CLASSES)
+    cutter = Tokenizer(models.WordLevel({word: n for n, word in enumerate(VECTORS)}, unk_token="[UNK]"))  # noqa: S106
+    cutter.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")  # to which an outer space is a piece
+    (folder / TOKENIZER).write_text(cutter.to_str())
+    sign(folder)
+    exported = open_export(folder)
+    outer, inner, surrogate = exported.windows(([" very bad \n", "very  bad", "very bad\ud800"],))
+    assert outer == surrogate == exported.windows((["very bad"],))[0]
+    assert inner != outer
+
+
+def test_a_file_without_a_header_is_not_quoted(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("my diagnosis is private,positive\nanother,negative\n")
+    with pytest.raises(InputError, match="no column 'text' among its 2") as error:
+        predict.rows_of_file(CLASSES, table, "")
+    assert "diagnosis" not in str(error.value)
+
+
 def test_a_long_text_is_cut_or_read_in_windows(tmp_path):
     text = "good good good good bad bad"  # windows of 4 that share 1: 4 good | good bad bad
     short = open_export(write_export(tmp_path / "one", CLASSES))
@@ -145,7 +165,10 @@ WRONG = {
     "tabs": (lambda t: list(predict.rows_of_lines(PAIRS, [b"a\n"], pair=True)), "line 1 has 0 tabs; give two texts"),
     "bytes": (lambda t: list(predict.rows_of_lines(CLASSES, [b"\xff"], pair=False)), "line 1 is not UTF-8"),
     "file": (lambda t: predict.rows_of_file(CLASSES, t / "none.csv", ""), "none.csv: no such file"),
-    "column": (lambda t: predict.rows_of_file(CLASSES, t, "b"), "no column 'b'; found text, n: name others"),
+    "column": (
+        lambda t: predict.rows_of_file(CLASSES, t, "b"),
+        "no column 'b' among its 2; is the first line a header? name others with --text-columns",
+    ),
     "columns": (lambda t: predict.rows_of_file(CLASSES, t, "text,n"), "--text-columns 'text,n': the task tiny has 1"),
     "twice": (
         lambda t: predict.read_rows(CLASSES, ["a"], t, "", pair=False, lines=None),

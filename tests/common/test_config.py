@@ -107,6 +107,17 @@ def test_a_value_that_does_not_fit_is_refused_with_its_key_and_itself(key, value
         ({"task": "text"}, ("data.source",)),
         ({"task": "text", "data.source": "a.csv", "data.partition": "natural"}, ("data.partition-by",)),
         ({"data.holdout-fraction": 1.0}, ("data.holdout-fraction",)),
+        ({"task": "sst2", "data.validation": "a.csv"}, ("data.validation = 'a.csv'", "task = 'text'")),
+        ({"task": "sst2", "data.text-columns": "a"}, ("data.text-columns = 'a'", "'sst2'")),
+        ({"data.label-column": "stars"}, ("data.label-column = 'stars'", "'toy'")),
+        (
+            {"rounds": 5, "distill.general-rounds": 3, "server.average-rounds": 3},
+            ("distill.general-rounds = 3", "server.average-rounds = 3 of rounds = 5"),
+        ),
+        (
+            {"rounds": 5, "distill.general-rounds": 3, "client.grow-batch": True, "client.lr-decay": "constant"},
+            ("distill.general-rounds = 3", "client.grow-batch = true"),
+        ),
         ({"distill.soft-weight": 0.0, "distill.hard-weight": 0}, ("distill.soft-weight", "hard-weight")),
         (
             {"student.target-ratio": 0.4, "student.vocabulary": 100},
@@ -195,6 +206,7 @@ def test_auto_is_resolved_by_the_task():
     assert from_flat({}).data.partition_by == "domain"
     sst2 = from_flat({"task": "sst2"}).data
     assert (sst2.partition, sst2.clients) == ("dirichlet", 10)
+    assert from_flat({"task": "text", "data.source": "a.csv", "data.partition-by": "shop"}).data.partition == "natural"
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,12 @@ def glue(folder, task="sst2", *, skip=(), **changed):
     return load_corpus(from_flat({"task": task, "data.source": str(folder)}))
 
 
+def test_several_labels_are_no_name_of_a_class(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": ["x", "y"]}\n')
+    assert "row 2 has several labels; set data.multi-label = true" in refusal(text, path)
+
+
 def test_a_glue_folder_gives_train_and_validation(tmp_path):
     corpus = glue(tmp_path)
     assert corpus.train.texts == (["a", PRIVATE],)
@@ -171,9 +177,9 @@ def test_a_glue_folder_gives_train_and_validation(tmp_path):
     [
         ("sst2", {"label": [0, 2]}, "row 2: the label is outside 0 to 1"),
         ("sst2", {"label": [-1, 1]}, "row 1: the label is outside 0 to 1"),
-        ("sst2", {"label": [1, None]}, "row 2: the label is outside 0 to 1"),
+        ("sst2", {"label": [1, None]}, "row 2 of the column label is no number"),
         ("sst2", {"label": [1.0, 0.5]}, "row 2: the label is outside 0 to 1"),
-        ("sst2", {"label": ["0", PRIVATE]}, "the column label holds no numbers"),
+        ("sst2", {"label": ["0", PRIVATE]}, "row 2 of the column label is no number"),
         ("stsb", {"label": [5.0, 5.1]}, "row 2: the label is outside 0 to 5"),
         ("stsb", {"label": [float("nan"), 1.0]}, "row 1: the label is outside 0 to 5"),
         ("sst2", {"sentence": ["a", " "]}, "row 2 has no text in sentence"),

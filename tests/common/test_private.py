@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import from_flat
-from common.corpus import Corpus, Table, load_corpus, own_table
+from common.config import changed, from_flat
+from common.corpus import Corpus, Table, labelled, load_corpus, own_table
 from common.dataset import prepare_dataset
 from common.errors import InputError
 from common.partition import cut_private, text_groups
@@ -163,6 +163,13 @@ def test_a_glue_tasks_file_has_its_columns(tmp_path):
     assert table.texts == (["a", "c"], ["b", "d"])
     assert table.labels.tolist() == [2.5, 5.0]
     assert text_groups(table).tolist() == [0, 1]
+    write(path, [("a", "b", "2.5"), ("c", "d", "")], ("sentence1", "sentence2", "label"))
+    with pytest.raises(InputError, match=r"row 2 has no label; give one, or set distill\.hard-weight = 0"):
+        own_table(path, GLUE["stsb"], config)
+    taught = changed(config, {"distill.hard-weight": 0.0, "distill.weighting": "constant"})
+    assert labelled(own_table(path, GLUE["stsb"], taught).labels).tolist() == [True, False]
+    write(path, [("a", "1"), ("b", "")], ("sentence", "label"))
+    assert own_table(path, GLUE["cola"], changed(taught, {"task": "cola"})).labels.tolist() == [1, -1]
     write(path, [("a", "b", "6")], ("sentence1", "sentence2", "label"))
     with pytest.raises(InputError, match="the label is outside 0 to 5"):
         own_table(path, GLUE["stsb"], config)

@@ -5,7 +5,7 @@ import pytest
 
 from common.config import load_config
 from common.errors import InputError
-from server.averaging import mean_of_last
+from server.averaging import mean_of_last, to_go_on_from
 
 
 def rounds(span, values):
@@ -19,7 +19,9 @@ def rounds(span, values):
 
 
 def test_only_the_last_round_ends_in_the_mean():
-    assert rounds(3, [8.0, 1.0, 2.0, 6.0]) == ([8.0, 1.0, 2.0, 3.0], {})
+    found, memory = rounds(3, [8.0, 1.0, 2.0, 6.0])
+    assert found == [8.0, 1.0, 2.0, 3.0]
+    assert {name: kept.tolist() for name, kept in memory.items()} == {"without-mean/a": [6.0, 6.0]}
 
 
 def test_the_mean_of_one_round_is_that_round():
@@ -55,7 +57,23 @@ def test_a_run_that_goes_on_with_more_rounds_averages_none_of_before(span, befor
         end = mean_of_last(config, number, {"a": np.float32(number), "b": np.full((2, 1), number, np.float32)}, memory)
     assert float(end["a"]) == expected
     assert end["b"].tolist() == [[expected]] * 2
-    assert memory == {}
+    assert set(memory) == {"without-mean/a", "without-mean/b"}
+
+
+def walk(first, last, rounds, weights, memory):
+    """Rounds of a rule that adds one."""
+    config = load_config(None, [f"rounds={rounds}", "server.average-rounds=3"])
+    for number in range(first, last + 1):
+        weights = mean_of_last(config, number, {"a": weights["a"] + np.float32(1)}, memory)
+    return weights
+
+
+def test_a_finished_run_that_goes_on_is_as_if_it_had_had_all_rounds_from_the_beginning():
+    memory, start = {}, {"a": np.zeros(2, np.float32)}
+    ended = walk(1, 3, 3, start, memory)
+    assert ended["a"].tolist() == [2.0, 2.0]
+    assert walk(4, 6, 6, to_go_on_from(ended, memory), memory)["a"].tolist() == walk(1, 6, 6, start, {})["a"].tolist()
+    assert to_go_on_from(start, {})["a"].tolist() == [0.0, 0.0]  # no round has ended in a mean
 
 
 def test_the_mean_is_rounded_once():

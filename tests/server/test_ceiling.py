@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.config import from_flat
+from common.config import changed, from_flat
 from common.errors import InputError
 from common.progress import Silent
 from server import teacher as module
@@ -53,6 +53,12 @@ def test_it_is_trained_once_and_follows_the_teachers_keys_alone(config, monkeypa
     assert again == []
     prepare_ceiling(config.model_copy(update={"seed": 1}), Silent())
     assert len(again) == 1
+
+
+def test_without_the_private_text_there_is_no_ceiling(config):
+    at_clients = changed(config, {"data.private": "at-clients", "data.partition": "natural"})
+    with pytest.raises(InputError, match="the private texts are with the clients; there is no ceiling"):
+        prepare_ceiling(at_clients, Silent())
 
 
 def test_a_head_of_another_task_is_refused(config, tmp_path):

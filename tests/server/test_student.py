@@ -310,6 +310,31 @@ def test_whatever_changes_the_student_changes_its_key(school, keys):
     assert other.hash != first.hash or "student__dropout" in keys
 
 
+def test_the_parts_of_a_batch_that_pass_at_once_are_in_the_key_of_a_warm_start(school):
+    """Dropout draws anew for each."""
+    keys = {**WARM, "student__warm_token_budget": 512, "student__dropout": 0.1}
+    parts = [{"client__token_budget": 64}, {"client__token_budget": 128}, {"client__micro_budget": 64}]
+    first, second, third = (school.student(**keys, **part).hash for part in parts)
+    assert first == third != second
+
+
+def test_too_few_clients_to_hide_one_another_are_found_before_the_teacher_is_made(school):
+    few = {"data__clients": 3, "data__min_examples": 100, "data__partition": "zipf", "data__alpha": 6.0}
+    config = school.config(**few, privacy__secure_aggregation=True)
+    with pytest.raises(InputError, match=r"secure-aggregation = true: 1 of 3 clients hold .* fewer than 3 hide nobody"):
+        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+    config = school.config(**few, client__grow_batch=True, client__lr_decay="constant")
+    with pytest.raises(InputError, match=r"grow-batch = true: 1 of 3 clients .* one has no noise scale"):
+        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+
+
+def test_the_teacher_of_a_run_of_real_clients_is_made_without_them(school):
+    keys = {"data__private": "at-clients", "data__partition": "natural", "data__clients": 3, "server__cohort": 2}
+    config = school.config(**keys)
+    lesson = prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+    assert len(lesson.data.train) == len(lesson.data.public) + lesson.validation["n"]
+
+
 def test_without_a_warm_start_its_keys_do_not_matter(school):
     keys = {"student__warm_lr": 0.02, "distill__temperature": 3.0, "client__weight_decay": 0.1}
     assert school.student(**keys).key == school.student().key
