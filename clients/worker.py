@@ -49,7 +49,7 @@ from common.pupil import open_pupil
 from common.recipe import Recipe, make_recipe
 from common.seeding import generator
 from common.store import cache_folder
-from common.tiers import assign_tiers, group_name
+from common.tiers import group_name
 from common.wire import NOT_FINITE, ClientLine, Instruction, Shapes, own_update
 
 Groups = Mapping[str, Mapping[str, NDArray[Any] | Rows]]
@@ -108,7 +108,7 @@ class Worker:
         whole, width = self.pupil.model.to(self.compute.device), int(self.teacher.config.hidden_size)
         self.tiers = Tiers(config, whole, self.pupil.shape, width)
         self.students = [self.tiers.student(tier) for tier in range(len(self.tiers))]
-        self.tier_of = assign_tiers(config.seed, self.data.clients, config.student.sizes)
+        self.tier_of = config.tier_of(self.data.clients)
         self._rooms: dict[int, Room] = {}  # by tier, found with the first client
         space = {
             "teacher": teacher_hash,

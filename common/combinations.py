@@ -102,7 +102,15 @@ def _what_tiers_allow(config: Keys) -> None:
             raise ValueError(
                 f"student.tier-mode = {config.student.tier_mode!r}: student.tiers is empty; give them, or `nested`"
             )
+        if config.student.tier_of.strip():
+            raise ValueError(f"student.tier-of = {config.student.tier_of!r}: student.tiers is empty; give them too")
         return
+    holders, clients = len(config.student.holders), config.data.clients
+    if holders and clients not in (0, holders):
+        raise ValueError(
+            f"student.tier-of = {config.student.tier_of!r}: {holders} tiers for data.clients = {clients}; give one for "
+            "each client"
+        )
     against = _needs_own_updates(config.server.model_dump(by_alias=True))
     against += ["server.packing = 'off'"] if config.server.packing == "off" else []
     lone = config.server.strategy in (*FUSED, "fedkd")

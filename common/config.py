@@ -11,13 +11,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
+from numpy.typing import NDArray
 from pydantic import ValidationError, model_validator
 
 from common.combinations import check_combinations, resolve_server
 from common.errors import InputError
 from common.keys import Keys
 from common.section import Scalar, Section
+from common.tiers import assign_tiers
 
 
 class Config(Keys):
@@ -51,6 +54,10 @@ class Config(Keys):
     def scores_after(self, number: int) -> bool:
         """Whether the student is scored after this round."""
         return number % self.server.scores_every == 0 or number == self.rounds
+
+    def tier_of(self, clients: int) -> NDArray[np.int64]:
+        """(clients,) the tier that each client holds, 0 the smallest."""
+        return assign_tiers(self.seed, clients, self.student.sizes, self.student.holders)
 
     def flat(self) -> dict[str, Scalar]:
         """All keys, dotted: ``{"task": "toy", "data.clients": 0, ...}``."""

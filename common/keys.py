@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from common.privacy_keys import PrivacyKeys
 from common.section import Fraction, Rate, Section, Weight
-from common.tiers import Size, read_sizes
+from common.tiers import Size, read_holders, read_sizes
 
 Strategy = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum", "multi-krum",
@@ -124,6 +124,11 @@ class StudentKeys(Section):
         "LAYERS/HEADS/NEURONS@SHARE, comma between, e.g. 1/4/256@0.5,2/6/512@0.3 (0 heads or neurons: as many as the "
         "whole); the other clients hold the whole; empty: all do",
     )
+    tier_of: str = Field(
+        "",
+        description="with `tiers`, there without @SHARE: which each client holds, in the order of their numbers, 1 the "
+        "smallest and the last the whole, e.g. 1,1,3,2; empty: they are drawn by the shares",
+    )
     tier_mode: Literal["nested", "sliced", "exclusive"] = Field(
         "nested",
         description="nested: each depth has an exit of its own, and a client teaches the students inside its own; "
@@ -134,9 +139,17 @@ class StudentKeys(Section):
     def sizes(self) -> tuple[Size, ...]:
         """The students of `tiers`."""
         try:
-            return read_sizes(self.tiers, (self.layers, self.heads, self.neurons))
+            return read_sizes(self.tiers, (self.layers, self.heads, self.neurons), drawn=not self.tier_of.strip())
         except ValueError as error:
             raise ValueError(f"student.tiers = {self.tiers!r}: {error}") from None
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The tier of each client by `tier_of`, 0 the smallest; none where they are drawn."""
+        try:
+            return read_holders(self.tier_of, len(self.sizes) + 1)
+        except ValueError as error:
+            raise ValueError(f"student.tier-of = {self.tier_of!r}: {error}") from None
 
     @property
     def is_weighed(self) -> bool:

@@ -77,6 +77,10 @@ def check_clients(config: Config, data: FederatedDataset) -> None:
         raise InputError(
             f"server.cohort = {config.server.cohort}: {told}; give a smaller cohort, fewer clients or a smaller minimum"
         )
+    if (holders := len(config.student.holders)) and holders != data.clients:
+        raise InputError(
+            f"student.tier-of = {config.student.tier_of!r}: {holders} tiers, {data.clients} clients; give one for each"
+        )
     if config.privacy.secure_aggregation and ready < LEAST:
         raise InputError(
             f"privacy.secure-aggregation = true: {told}, and fewer than {LEAST} hide nobody; give a smaller minimum "

@@ -23,7 +23,6 @@ from common.progress import Progress
 from common.pupil import Pupil, load_exits
 from common.recipe import DEEP
 from common.slim import Shape, build
-from common.tiers import assign_tiers
 from server.lesson import Lesson, prepare_lesson
 from server.masked import MaskedTeacher, prepare_masked_teacher
 from server.origin import find_origin
@@ -57,7 +56,7 @@ class Federation:
     tier_of: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tier_of = assign_tiers(self.config.seed, self.data.clients, self.config.student.sizes)
+        self.tier_of = self.config.tier_of(self.data.clients)
         self.take(self.pupil)
 
     def take(self, pupil: Pupil) -> None:

@@ -6,8 +6,8 @@ https://arxiv.org/abs/2010.01264) and DepthFL's (Kim et al. 2023) sub-models, ea
 keeps. What stands for quality is the number of parameters: a stated proxy, blind to which of them matter.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,38 @@ def choose_student(lattice: Lattice, profile: DeviceProfile, work: Work) -> Choi
             return Choice(profile, student, cost, tuple(refused))
         refused.append(Refusal(student, cost, reason))
     return Choice(profile, None, None, tuple(refused))
+
+
+def fit_tiers(lattice: Lattice, choices: Mapping[str, Choice], work: Work) -> dict[str, Candidate]:
+    """The student of each device in one mixed federation, where each lies inside the next larger one.
+
+    From the device with the largest student on, each gets the largest that keeps to its budgets and lies inside the
+    student before. What training those inside its own costs a device is not counted. Without devices that none fits.
+    """
+    place = {student.name: number for number, student in enumerate(lattice.students)}
+    best = {name: choice.best.name for name, choice in choices.items() if choice.best is not None}
+    found: dict[str, Candidate] = {}
+    above = lattice.students
+    for name in sorted(best, key=lambda name: place[best[name]]):
+        inside = choose_student(replace(lattice, students=above), choices[name].profile, work).best
+        if inside is not None:
+            found[name] = inside
+            above = tuple(student for student in lattice.students if _lies_inside(student, inside))
+    return {name: found[name] for name in choices if name in found}
+
+
+def tier_keys(lattice: Lattice, devices: Sequence[Candidate]) -> dict[str, str]:
+    """`student.tiers` and `student.tier-of` for clients with these students; empty where all hold the whole."""
+    whole = lattice.students[0].name
+    smaller = [student.name for student in reversed(lattice.students) if student in devices and student.name != whole]
+    names = [*smaller, whole]
+    held = ",".join(str(1 + names.index(student.name)) for student in devices)
+    return {"student.tiers": ",".join(smaller), "student.tier-of": held} if smaller else {}
+
+
+def _lies_inside(small: Candidate, large: Candidate) -> bool:
+    own, other = ((one.size.layers, one.size.heads[0], one.size.neurons[0]) for one in (small, large))
+    return all(a <= b for a, b in zip(own, other, strict=True))
 
 
 def broken_budget(cost: Cost, profile: DeviceProfile) -> str:

@@ -14,7 +14,7 @@ from common.fixed_point import SCALE
 from common.nested import Tiers
 from common.recipe import Recipe, make_recipe, relation_heads
 from common.slim import Shape, beginning
-from common.tiers import assign_tiers, group_name
+from common.tiers import group_name
 from common.wire import ClientLine, unpack_lines, unpack_updates
 from server.aggregation import Rejected, RunningSum
 
@@ -110,7 +110,7 @@ def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDatas
             which = f"tier {tier + 1}" if tier < len(keys.sizes) else "the whole student"
             raise InputError(
                 f"student.tiers = {keys.tiers!r}: of {len(data.eligible)} clients none holds {which}; give more "
-                "clients or another share"
+                "clients, another share or another student.tier-of"
             )
 
 
@@ -124,6 +124,5 @@ def _learns(recipe: Recipe, layers: int) -> bool:
 
 def clients_of_tiers(config: Config, data: FederatedDataset) -> list[int]:
     """How many of the clients that take part hold each tier."""
-    sizes = config.student.sizes
-    found = assign_tiers(config.seed, data.clients, sizes)[data.eligible]
-    return [int(count) for count in np.bincount(found, minlength=len(sizes) + 1)]
+    found = config.tier_of(data.clients)[data.eligible]
+    return [int(count) for count in np.bincount(found, minlength=len(config.student.sizes) + 1)]

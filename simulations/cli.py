@@ -178,6 +178,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="also with 8-bit weights: a quarter of the size")] = False,
     out: Annotated[Path | None, typer.Option(help="a new folder; default: RUN/export")] = None,
     max_drop: Annotated[float, typer.Option(help="hundredths of the headline score that 8-bit weights may cost")] = 0.5,
+    tier: Annotated[int, typer.Option(help="of a mixed run, 1 the smallest student; 0: the whole")] = 0,
 ) -> None:
     """Write a run's student as a folder for devices, after it has answered there as it does in torch.
 
@@ -188,7 +189,8 @@ def export(
     from simulations.export_run import check_options, export_run
 
     check_options(form, max_drop)
-    typer.echo(export_run(run, out, int8=int8, max_drop=max_drop, progress=progress_for(console_on(sys.stdout))))
+    progress = progress_for(console_on(sys.stdout))
+    typer.echo(export_run(run, out, int8=int8, max_drop=max_drop, progress=progress, tier=tier))
 
 
 @app.command()

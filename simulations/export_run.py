@@ -16,6 +16,7 @@ from common.device import Compute
 from common.errors import ExportFailed, InputError
 from common.hashing import hash_tensors
 from common.inference import predict
+from common.keys import VOTING
 from common.metrics import scores, tally
 from common.models import load_teacher
 from common.progress import Progress
@@ -43,12 +44,13 @@ def check_options(form: str, max_drop: float) -> None:
         raise InputError(f"--max-drop {max_drop}: give 0 or more hundredths of the score")
 
 
-def export_run(run: Path, out: Path | None, *, int8: bool, max_drop: float, progress: Progress) -> Path:
+def export_run(run: Path, out: Path | None, *, int8: bool, max_drop: float, progress: Progress, tier: int = 0) -> Path:
     """Write the folder that `clients.exported` describes; return where it is.
 
     Args:
         out: a new folder; None: ``export`` in the run's.
         max_drop: hundredths of the headline score that 8-bit weights may cost.
+        tier: whose student, of a mixed federation, 1 the smallest; 0: the whole one.
 
     Raises:
         InputError: the run has no student, or something is missing that an export needs.
@@ -59,9 +61,11 @@ def export_run(run: Path, out: Path | None, *, int8: bool, max_drop: float, prog
     if target.exists():
         raise InputError(f"--out {target}: exists already; give a new folder")
     summary, config = read_run(run)
-    student, tokenizer = open_student(run, summary), load_tokenizer(run / "slim")
+    own = summary_of(summary, config, tier)
+    folder = run / ("slim" if tier in (0, len(summary.get("tiers", ()))) else f"tiers/{tier}/slim")
+    student, tokenizer = open_student(folder, own), load_tokenizer(folder)
     teacher = _teacher(config)
-    trial = find_trial(config, teacher.folder if teacher else run / "slim", student, tokenizer, progress)
+    trial = find_trial(config, teacher.folder if teacher else folder, student, tokenizer, progress)
     spec = spec_of(config, trial.task, tokenizer)
     try:
         with draft_of(target) as draft:
@@ -76,7 +80,7 @@ def export_run(run: Path, out: Path | None, *, int8: bool, max_drop: float, prog
             }
             times = _latency(calls, min(TIMED, len(trial)), progress)
             write_card(
-                draft, summary, found,
+                draft, own, found,
                 source=trial.source, texts=len(trial), milliseconds=times, teacher_bytes=_size(teacher),
             )  # fmt: skip
             draft.chmod(0o755)
@@ -98,9 +102,33 @@ def read_run(run: Path) -> tuple[dict[str, Any], Config]:
     return summary, load_config(run / "config.toml")
 
 
-def open_student(run: Path, summary: Mapping[str, Any]) -> Any:
-    """The slim student of a run, as the run left it."""
-    folder = run / "slim"
+def summary_of(summary: Mapping[str, Any], config: Config, tier: int) -> dict[str, Any]:
+    """The summary with the figures of one student alone, and the scores that are of this student.
+
+    Args:
+        tier: 1 the smallest of a mixed federation, 0 the whole; the run's own figures are over all of its students.
+
+    Raises:
+        InputError: the run has no such tier.
+    """
+    rows, teacher, student = summary.get("tiers") or [], dict(summary["teacher"]), dict(summary["student"])
+    if not 0 <= tier <= len(rows):
+        have = f"tiers 1 to {len(rows)}" if rows else "no tiers"
+        raise InputError(f"--tier {tier}: the run has {have}; leave it out for the whole student")
+    if config.server.strategy in VOTING:  # clients have scored students of their own, never this one
+        student["federated"] = {}
+    if not rows:
+        return {**summary, "student": student}
+    row = rows[tier - 1]
+    sizes = {"layers": student["shape"]["layers"][: row["layers"]], "heads": row["heads"], "neurons": row["neurons"]}
+    student |= {"params": row["params"], "params_ratio": row["params"] / teacher["params"]}
+    student |= {"shape": {**student["shape"], **sizes}, "validation": row["validation"]}
+    student["federated"], teacher["federated"] = row["federated"] if student["federated"] else {}, row["teacher"]
+    return {**summary, "teacher": teacher, "student": student, "student_sha256": row["sha256"]}
+
+
+def open_student(folder: Path, summary: Mapping[str, Any]) -> Any:
+    """The slim student in a run's folder, as the run left it."""
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no student there; give a run folder that `fedistill simulate` has finished")
     try:
@@ -112,8 +140,8 @@ def open_student(run: Path, summary: Mapping[str, Any]) -> Any:
     digest, wanted = hash_tensors(student.state_dict()), str(summary.get("student_sha256"))
     if digest != wanted:
         raise InputError(
-            f"{folder}: its weights hash to {digest[:16]}..., but student_sha256 in summary.json is {wanted[:16]}...; "
-            "give the run's own student"
+            f"{folder}: its weights hash to {digest[:16]}..., but summary.json has {wanted[:16]}... for this student; "
+            "give the run's own"
         )
     return student
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from common.cost import Cost, Work
 from common.devices import load_profiles
 from common.errors import InputError
 from server.history import shape_figures
-from server.provisioning import Candidate, Choice, Lattice, choose_student, make_lattice
+from server.provisioning import Candidate, Choice, Lattice, choose_student, fit_tiers, make_lattice, tier_keys
 from server.teacher import check_length, find_teacher
 from simulations.display import console_on, progress_for
 
@@ -48,9 +49,12 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
     console.print(choice_table(choices, lattice))
     for name, choice in choices.items():
         console.print(refusal_table(name, choice))
+    tiers = fit_tiers(lattice, choices, work)
+    for line in tier_lines(tiers, lattice):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         try:
-            out.write_text(json.dumps(to_json(choices, lattice, work, found), indent=2))
+            out.write_text(json.dumps(to_json(choices, tiers, lattice, work, found), indent=2))
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
 
@@ -91,6 +95,19 @@ def refusal_table(name: str, choice: Choice) -> Table | Text:
     return table
 
 
+def tier_lines(tiers: Mapping[str, Candidate], lattice: Lattice) -> list[str]:
+    """The keys by which these devices learn together, as TOML; none where one student fits all."""
+    keys, whole = tier_keys(lattice, list(tiers.values())), lattice.students[0].name
+    if not keys:
+        return []
+    if whole not in {student.name for student in tiers.values()}:
+        told = "student.layers, heads and neurons of the largest here"
+        return [f"\nno device holds the run's own student {whole}: to learn together, give {told}"]
+    entries = [f"{key.removeprefix('student.')} = {json.dumps(value)}" for key, value in keys.items()]
+    told = "(what the students inside a larger one cost it is not counted above)"
+    return [f"\nto learn together, clients in this order: {', '.join(tiers)}", told, "[student]", *entries]
+
+
 def probe_line(found: Measured) -> str:
     """What was measured, and how far the fitted model is off on the shapes it was fitted to."""
     figures = found.figures()
@@ -103,7 +120,9 @@ def probe_line(found: Measured) -> str:
     )
 
 
-def to_json(choices: dict[str, Choice], lattice: Lattice, work: Work, found: Measured | None) -> dict[str, Any]:
+def to_json(
+    choices: dict[str, Choice], tiers: Mapping[str, Candidate], lattice: Lattice, work: Work, found: Measured | None
+) -> dict[str, Any]:
     """All figures."""
 
     def figures(student: Candidate, cost: Cost) -> dict[str, Any]:
@@ -129,6 +148,10 @@ def to_json(choices: dict[str, Choice], lattice: Lattice, work: Work, found: Mea
         "teacher": {"parameters": lattice.teacher.parameters},
         "students": len(lattice.students),
         "work": asdict(work),
+        "tiers": {
+            "students": {name: student.name for name, student in tiers.items()},
+            **tier_keys(lattice, list(tiers.values())),
+        },
         "probe": found.to_json() if found is not None else None,
         "devices": devices,
     }

@@ -182,7 +182,7 @@ def test_a_section_given_as_a_value_and_a_value_given_as_a_section_are_refused(t
 
 
 def test_text_that_looks_like_a_number_stays_text():
-    config = load_config(None, ["data.source=2024", "student.layer-selection=1", "data.text-columns=7.5"])
+    config = load_config(None, ["task=text", "data.source=2024", "student.layer-selection=1", "data.text-columns=7.5"])
     assert (config.data.source, config.student.layer_selection, config.data.text_columns) == ("2024", "1", "7.5")
 
 

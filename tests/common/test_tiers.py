@@ -29,6 +29,7 @@ def test_sizes_are_read_smallest_first():
         ("1/1/8@0.5,2/1/8@0.5", "leave no client"),
         ("1/1/8@0.0", "leave no client"),
         ("1/1/8@1.5", "leave no client"),
+        ("1/1/8", "LAYERS/HEADS/NEURONS@SHARE"),
     ],
 )
 def test_other_texts_are_refused_by_the_key(text, told):
@@ -52,6 +53,30 @@ def test_tiers_refuse_what_needs_equal_updates(keys, named):
         from_flat({"student.layers": 3, "student.tiers": "1/1/8@0.5", **keys})
     assert "student.tiers" in str(error.value) and named in str(error.value)
     from_flat({"student.layers": 3, **keys})  # without tiers they are fine
+
+
+def test_a_list_says_which_client_holds_which():
+    keys = {"student.layers": 3, "student.tiers": "1/1/8,2/1/8", "student.tier-of": "1, 3,2,1", "data.clients": 4}
+    config = from_flat({"task": "sst2", **keys})
+    assert config.tier_of(4).tolist() == [0, 2, 1, 0]
+    assert config.tier_of(4).tolist() == from_flat(config.flat() | {"seed": 1}).tier_of(4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"student.tier-of": "1,4"}, r"student\.tier-of = '1,4': '4': give a number from 1, the smallest, to 3"),
+        ({"student.tier-of": "0,1"}, r"'0': give a number from 1"),
+        ({"student.tier-of": "1,,2"}, r"'': give a number from 1"),
+        ({"student.tier-of": "1,2,3"}, r"3 tiers for data\.clients = 2; give one for each client"),
+        ({"student.tiers": ""}, r"student\.tier-of = '1,3': student\.tiers is empty"),
+        ({"student.tiers": "1/1/8@0.5,2/1/8@0.2"}, r"'1/1/8@0\.5': give LAYERS/HEADS/NEURONS alone"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused_by_the_key(keys, told):
+    flat = {"task": "sst2", "student.layers": 3, "student.tiers": "1/1/8,2/1/8", "student.tier-of": "1,3"}
+    with pytest.raises(InputError, match=told):
+        from_flat({**flat, "data.clients": 2, **keys})
 
 
 @pytest.mark.parametrize("mode", ["sliced", "exclusive"])

@@ -1,5 +1,6 @@
 """A mixed federation through the command line: three sizes of student, exact for any number of workers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from common.device import choose_compute
 from common.inference import predict
 from common.progress import Silent
 from common.store import cache_folder
-from common.tiers import assign_tiers
 from tests.integration.conftest import read_lines, read_summary
 
 TIERS = (
@@ -35,6 +35,12 @@ def test_three_tiers_have_the_same_bits_for_any_workers_and_after_a_stop(fedisti
     check_scores(tmp_path / "two", rows)
     scored = [line for line in read_lines(tmp_path / "two") if line["phase"] == "evaluate"]
     assert [row["federated"] for row in scored[-1]["tiers"]] == [row["federated"] for row in rows]
+
+    done = fedistill("export", "two", "--tier", "1", "--out", "small")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "small" / "card.json").read_text())
+    assert (card["student"]["params"], card["student"]["sha256"]) == (rows[0]["params"], rows[0]["sha256"])
+    assert card["tried"]["fp32"]["score"]["accuracy"] == rows[0]["validation"]["accuracy"]
 
     # one worker, stopped after round 1 and continued
     one = ("-s", "runtime.workers=1")
@@ -73,7 +79,7 @@ def check_scores(run, rows):
     config = load_config(run / "config.toml")
     data = prepare_dataset(config, Path(config.teacher.model), cache_folder(""), Silent())
     compute = choose_compute(config.runtime.device, config.client.precision)
-    tier_of = assign_tiers(config.seed, data.clients, config.student.sizes)
+    tier_of = config.tier_of(data.clients)
     for tier, row in enumerate(rows):
         clients = [client for client in data.eligible if tier_of[client] == tier]
         assert row["clients"] == len(clients)

@@ -8,7 +8,7 @@ from common.devices import PRESETS, DeviceProfile
 from common.errors import InputError
 from common.models import count_parameters, load_teacher
 from common.slim import cut_student
-from server.provisioning import choose_student, make_lattice
+from server.provisioning import broken_budget, choose_student, fit_tiers, make_lattice, tier_keys
 from server.teacher import find_teacher
 
 
@@ -55,6 +55,33 @@ def test_the_keys_are_the_top_of_the_lattice(tiny_teacher):
 def test_only_students_that_the_losses_can_train(tiny_teacher):
     _, lattice = lattice_of(tiny_teacher, distill__hidden_layers="0:1,1:2")  # needs two layers
     assert {student.size.layers for student in lattice.students} == {3, 2}
+
+
+def test_students_of_unequal_devices_lie_inside_one_another(tiny_teacher):
+    config, lattice = lattice_of(tiny_teacher)
+    work = Work.of(config)
+    cost = {student.name: predict_cost(student.size, lattice.teacher, device(), work) for student in lattice.students}
+    # by itself the second would have few layers of full width; the third all layers, narrow
+    devices = {
+        "small": device(memory_mb=cost["1/1/8"].training_mb),
+        "flat": device(latency_ms=cost["1/2/32"].latency_ms),
+        "whole": device(),
+        "narrow": device(memory_mb=cost["3/1/16"].training_mb),
+        "none": device(memory_mb=0.001),
+    }
+    choices = {name: choose_student(lattice, profile, work) for name, profile in devices.items()}
+    found = fit_tiers(lattice, choices, work)
+    assert list(found) == ["small", "flat", "whole", "narrow"]
+    assert found["whole"].name == "3/2/32"
+    for name, student in found.items():
+        assert not broken_budget(predict_cost(student.size, lattice.teacher, devices[name], work), devices[name])
+    keys = tier_keys(lattice, list(found.values()))
+    shape = {"teacher.model": str(tiny_teacher), "student.layers": 3, "student.heads": 2, "student.neurons": 32}
+    checked = from_flat({"task": "sst2", **shape, **keys, "data.clients": 4})  # each fits into the next
+    names = [f"{size.layers}/{size.heads}/{size.neurons}" for size in checked.student.sizes]
+    own = [[*names, "3/2/32"][tier] for tier in checked.student.holders]
+    assert own == [student.name for student in found.values()]
+    assert tier_keys(lattice, [lattice.students[0]] * 2) == {}
 
 
 def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):

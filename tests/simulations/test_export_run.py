@@ -23,7 +23,7 @@ from common.slim import Shape, cut_student, load_slim, save_slim
 from common.tasks import text_task
 from simulations import cli
 from simulations.export_card import spending_words
-from simulations.export_run import ON_CPU, check_drop, check_options, export_run, open_student, read_run
+from simulations.export_run import ON_CPU, check_drop, check_options, export_run, open_student, read_run, summary_of
 from simulations.export_trial import _check_classes
 from tests.conftest import make_sentences, make_teacher, make_tokens, stir
 
@@ -65,6 +65,36 @@ def make_run(folder, spoil=lambda student: None):
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
     return run
+
+
+def test_a_tiers_student_has_figures_of_its_own():
+    rows = [
+        {"layers": n, "heads": n, "neurons": 8 * n, "params": 10 * n, "federated": {"accuracy": n / 10},
+         "teacher": {"accuracy": 0.9}, "validation": {"accuracy": n / 20}, "sha256": str(n)}
+        for n in (1, 2)
+    ]  # fmt: skip
+    every = {"accuracy": 0.15}
+    shape = {"layers": [0, 2], "heads": 2, "neurons": 16, "pieces": 120, "rank": 0}
+    student = {"params": 20, "params_ratio": 0.2, "federated": every, "validation": {"accuracy": 0.1}, "shape": shape}
+    summary = {"teacher": {"params": 100, "federated": {"accuracy": 0.8}}, "student": student, "student_sha256": "2"}
+    mixed = {**summary, "tiers": rows}
+    small, whole = (summary_of(mixed, from_flat({}), tier) for tier in (1, 0))
+    assert (small["student"]["params_ratio"], small["student_sha256"]) == (0.1, "1")
+    assert small["student"]["shape"] == {"layers": [0], "heads": 1, "neurons": 8, "pieces": 120, "rank": 0}
+    assert (small["student"]["federated"], small["student"]["validation"]) == ({"accuracy": 0.1}, {"accuracy": 0.05})
+    assert small["teacher"]["federated"] == {"accuracy": 0.9}
+    assert whole == summary_of(mixed, from_flat({}), 2)
+    assert whole["student"] == {**student, "federated": {"accuracy": 0.2}}
+    assert summary_of({**summary, "tiers": []}, from_flat({}), 0)["student"] == student
+    for tiers, words in ((rows, "the run has tiers 1 to 2"), ([], "the run has no tiers")):
+        with pytest.raises(InputError, match=f"--tier 3: {words}"):
+            summary_of({**summary, "tiers": tiers}, from_flat({}), 3)
+
+
+def test_a_student_that_no_client_has_scored_has_no_score_of_clients():
+    summary = {"teacher": {"federated": {"accuracy": 0.8}}, "student": {"federated": {"accuracy": 0.7}}, "tiers": []}
+    votes = from_flat({"server.strategy": "fedmd", "distill.hard-weight": 0.5})
+    assert summary_of(summary, votes, 0)["student"]["federated"] == {}
 
 
 def blow_up(student):
@@ -166,16 +196,14 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
         read_run(tmp_path)
     shutil.copytree(run, broken)
     summary = json.loads((broken / "summary.json").read_text())
-    with pytest.raises(
-        InputError, match=r"slim: its weights hash to \w+\.\.\., but student_sha256 in summary\.json is 0+"
-    ):
-        open_student(broken, {**summary, "student_sha256": "0" * 64})
+    with pytest.raises(InputError, match=r"slim: its weights hash to \w+\.\.\., but summary\.json has 0+"):
+        open_student(broken / "slim", {**summary, "student_sha256": "0" * 64})
     (broken / "slim" / "shape.json").write_text("{}")
     with pytest.raises(InputError, match="no student loads from it"):
-        open_student(broken, summary)
+        open_student(broken / "slim", summary)
     (broken / "slim" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="slim: no student there"):
-        open_student(broken, summary)
+        open_student(broken / "slim", summary)
     (broken / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     with pytest.raises(InputError, match=r"status = 'interrupted' in summary\.json; give a completed run"):
         read_run(broken)

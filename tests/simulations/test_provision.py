@@ -71,6 +71,14 @@ def test_the_file_holds_all_figures(tmp_path, tiny_teacher, capfd):
     assert len(toaster["refused"]) == found["students"]
     assert toaster["refused"][0]["reason"].startswith("memory ")
     assert found["probe"] is None
+    assert found["tiers"]["students"]["desk"] == "3/2/32"
+    assert len(found["tiers"]["students"]) == 2  # no student fits the toaster
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "[student]",
+        *(f'{key} = "{found["tiers"][f"student.{key}"]}"' for key in ("tiers", "tier-of")),
+    ]
+    assert lines[-5] == "to learn together, clients in this order: a-phone-with-a-very-long-name, desk"
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, tiny_teacher, capfd):
