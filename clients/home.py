@@ -90,7 +90,7 @@ class Home:
         """The run's keys, with this device's own in place of the server's.
 
         Raises:
-            ClientRefused: the run does not keep to what its owner says of privacy.
+            ClientRefused: the run does not keep to what its owner says of privacy, or cannot keep to the limits.
         """
         flat: dict[str, Any] = json.loads(instruction.config)
         own = {"runtime.cache": str(self.cache), "runtime.workers": 1, "runtime.device": "auto"}
@@ -99,7 +99,10 @@ class Home:
         for key, mine in LIMITS.items():
             limits = [limit for limit in (getattr(self, mine), flat.get(key, 0)) if limit]
             own[key] = min(limits, default=0)
-        config = from_flat({**flat, **own})
+        try:
+            config = from_flat({**flat, **own})
+        except InputError as error:  # of keys alone, of which none is private
+            raise ClientRefused(f"with its owner's limits the run's keys do not fit each other: {error}") from None
         return self._kept_private(config) if self.lifetime_epsilon else config
 
     def _kept_private(self, config: Config) -> Config:

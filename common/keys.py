@@ -48,7 +48,11 @@ class DataKeys(Section):
         le=1e6,
         description="Dirichlet concentration, small: skewed labels and sizes; of `zipf`: sizes fall as 1 / rank^alpha",
     )
-    shards_per_client: int = Field(2, ge=1, description="label shards each client gets with `shards`")
+    shards_per_client: int = Field(
+        2,
+        ge=1,
+        description="label shards each client gets with `shards`; all are equally large, and what is over is left out",
+    )
     min_examples: int = Field(8, ge=2, description="a client with fewer private examples is left out, and said so")
     public_fraction: Fraction = Field(0.2, description="share of train that the teacher may see")
     holdout_fraction: Fraction = Field(0.2, description="share of each private shard never trained on, only scored")
@@ -72,7 +76,8 @@ class DataKeys(Section):
     public_text: str = Field(
         "",
         description="more public text, without labels: a file with a text on each line, or `glue`, the public parts of "
-        "all GLUE tasks in data.source; for `student.general-epochs`, and a trimmed vocabulary is chosen from it too",
+        "all GLUE tasks in data.source, without texts that clients hold or scores are of; for `student.general-epochs`"
+        ", which reads the first `data.max-length` pieces of each, and a trimmed vocabulary is chosen from it too",
     )
     limit: int = Field(0, ge=0, description="use this many train examples, drawn by the seed; 0: all")
 
@@ -234,7 +239,8 @@ class ClientKeys(Section):
         0.01,
         ge=0.0,
         le=1.0,
-        description="decoupled weight decay; of trained word embeddings only the client's own words decay",
+        description="decoupled weight decay; of trained word embeddings only the client's own words decay, and those "
+        "up to the number of the padding piece (GPT-2: all)",
     )
     clip_norm: float = Field(1.0, ge=0.0, description="clip each step's gradient to this norm; 0: not")
     token_budget: int = Field(1024, ge=64, description="padded word pieces per batch, that is per step")

@@ -95,6 +95,8 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
     for key, found in (
         (f"student.model = {config.student.model!r}", config.student.model),
         (f"distill.general-rounds = {config.distill.general_rounds}", config.distill.general_rounds),
+        (f"privacy.unit = {config.privacy.unit!r}", config.privacy.unit == "example"),
+        ("privacy.secure-aggregation = true", config.privacy.secure_aggregation),
     ):
         if found:
             raise InputError(f"{key}: what it costs a device is not predicted; leave it out here")

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.worker import Worker
-from common.config import Config
+from common.config import Config, changed
 from common.errors import InputError, RunFailed
 from common.store import write_atomically
 from server.assignment import pick_cohort
@@ -63,9 +63,11 @@ PLAIN = {  # what the loops do; with another value an arm would not do the same 
     "data.multi-label": False,
     "distill.weighting": "constant",
     "distill.prior-correction": False,
+    "distill.general-rounds": 0,
     "distill.hidden-weight": 0.0,
     "distill.cls-weight": 0.0,
     "distill.relation-weight": 0.0,
+    "student.model": "",
     "student.heads": 0,
     "student.neurons": 0,
     "student.vocabulary": 0,
@@ -75,13 +77,18 @@ PLAIN = {  # what the loops do; with another value an arm would not do the same 
     "client.share": 1.0,
     "client.optimizer": "adamw",
     "client.grow-batch": False,
+    "client.max-seconds": 0.0,
+    "client.energy-budget": 0.0,
     "server.strategy": "fedavg",
     "server.lr": 1.0,
     "server.warmup-rounds": 0,
     "server.lr-decay": "constant",
+    "server.average-rounds": 1,
     "server.norm-bound": 0.0,
     "server.wire": "fp32",
     "server.over-select": 1.0,
+    "privacy.unit": "none",
+    "privacy.secure-aggregation": False,
 }
 PACKAGES = ("fedistill", "flwr", "ray", "torch", "transformers", "numpy")
 
@@ -207,8 +214,8 @@ def _teacher_logits(federation: Federation, cohort: tuple[int, ...]) -> dict[int
 
 def _federated_lap(federation: Federation) -> Lap:
     """A real run of two rounds: the second, when workers are warm, gives the time, the first the update."""
-    server = federation.config.server.model_copy(update={"keep_checkpoints": 2, "scores": "cohort"})
-    config = federation.config.model_copy(update={"rounds": ROUND + 1, "server": server})
+    keys = {"rounds": ROUND + 1, "server.keep-checkpoints": 2, "server.scores": "cohort"}
+    config = changed(federation.config, keys)
     with _lap_folder() as run:
         simulate(config, run, quiet=True)
         examples, seconds, busy = _training_phase(run, ROUND + 1)

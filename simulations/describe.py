@@ -30,12 +30,14 @@ from common.slim import Shape, build
 from common.store import cache_folder
 from server.history import shape_figures
 from server.lesson import check_clients
+from server.masked import prepare_masked_teacher
 from server.origin import find_origin
-from server.preparation import check_windows
+from server.preparation import check_windows, mentor_layers
 from server.provisioning import run_shape, teacher_config
 from server.report.words import size as weight
 from server.shards import label_counts
 from server.teacher import TeacherSource, check_head, check_length, find_teacher, labelled_rows, tuned_folder
+from server.tiered import check_tiers
 from simulations.display import console_on, progress_for
 from simulations.planned_privacy import planned_privacy
 from simulations.runtime import worker_count
@@ -103,6 +105,10 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
     teacher_size = size_of(teacher, Shape.whole(teacher, tuple(range(source.layers))))
     shape = run_shape(config, origin, whole, layers, teacher_size.parameters)
+    check_tiers(config, shape, teacher, data)
+    if config.distill.general_rounds:
+        prepare_masked_teacher(source)
+    mentor_layers(config, source.layers)
     size = size_of(whole, shape, config.student.train_embeddings)
     trained = _trained(config, whole, shape, int(teacher.hidden_size))
     names, counts = label_counts(data)
@@ -165,13 +171,13 @@ def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:
 
 
 def bytes_of(config: Config, trained: int, eligible: int) -> Bytes | None:
-    """What the messages of a round weigh in the mean; None where outputs travel instead of weights.
+    """What the messages of a round weigh in the mean; None where it is outputs that travel, or parts of the student.
 
     A worker gets the student once for all of its clients, to train, and again to score. It sends one exact sum, or each
     client's own update where these are not added up.
     """
     keys = config.server
-    if keys.strategy in VOTING:
+    if keys.strategy in VOTING or config.student.sizes:
         return None
     asked = min(math.ceil(round((keys.cohort or eligible) * keys.over_select, 6)), eligible)
     scored = eligible if keys.scores == "all" else min(keys.cohort or eligible, eligible)
@@ -264,7 +270,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{student['sent']:,} of them travel",
     ]
     if sent is None:
-        told.append("a round   outputs on public text travel, no weights; their bytes are not predicted")
+        told.append("a round   what travels is not predicted: outputs on public text, or each tier's part")
     else:
         told += [
             f"a round   {weight(sent['down'])} down, {weight(sent['up'])} up "

@@ -85,6 +85,12 @@ def test_of_two_limits_the_stricter_holds(home):
     assert mine.config(instruction()).client.max_seconds == 5.0
 
 
+def test_a_run_that_cannot_keep_to_an_owners_limit_is_refused_in_words(home):
+    private = json.dumps({**KEYS, "privacy.unit": "example", "privacy.epsilon": 8.0})
+    with pytest.raises(ClientRefused, match=r"with its owner's limits .*client\.max-seconds = 5\.0"):
+        replace(home, max_seconds=5.0).config(instruction(config=private))
+
+
 def test_an_owner_bounds_what_its_examples_ever_spend(home):
     mine = replace(home, lifetime_epsilon=4.0, delta=1e-5)
     with pytest.raises(ClientRefused, match=r"its owner bounds what its examples spend, and privacy\.unit = 'none'"):
