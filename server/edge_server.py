@@ -1,8 +1,10 @@
 """``fedistill edge server``: Flower's SuperLink over TLS, for clients whose keys are on the list and nobody else."""
 
 import ipaddress
+import math
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -110,15 +112,29 @@ def _serve(folder: EdgeFolder, fleet: tuple[str, int], control: tuple[str, int],
                 tell(line)
             write_atomically(folder.control_file, Endpoint(host=control[0], port=control[1]).toml())
             tell(f"ready: clients connect to {folder.endpoint.address}; {len(folder.admitted())} may take part")
-            while not stop.wait(POLL_SECONDS):
-                if not child.running:
-                    raise RunFailed(f"the SuperLink ended by itself (exit code {child.exit_code}); see {log}")
-                for line in roster.update(folder.admitted(), folder.revoked()):
-                    tell(line)
+            _watch(child, roster, folder, tell, stop)
     finally:
         folder.control_file.unlink(missing_ok=True)
         child.stop()
     tell("stopped")
+
+
+def _watch(child: Child, roster: Roster, folder: EdgeFolder, tell: Tell, stop: Stop) -> None:
+    """Let in who may take part and say what happens, until asked to stop; a SuperLink that is slow is waited for."""
+    deadline = math.inf
+    while not stop.wait(POLL_SECONDS):
+        if not child.running:
+            log = folder.state / "superlink.log"
+            raise RunFailed(f"the SuperLink ended by itself (exit code {child.exit_code}); see {log}")
+        try:
+            lines, deadline = roster.update(folder.admitted(), folder.revoked()), math.inf
+        except RunFailed as error:
+            if time.monotonic() > deadline:
+                raise
+            lines = [f"{error}; it is waited for"] if deadline == math.inf else []
+            deadline = min(deadline, time.monotonic() + START_SECONDS)
+        for line in lines:
+            tell(line)
 
 
 def superlink_arguments(folder: EdgeFolder, fleet: tuple[str, int], control: tuple[str, int]) -> list[str]:

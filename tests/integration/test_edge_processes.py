@@ -175,6 +175,14 @@ def test_what_survives(edge, data, tmp_path):
         assert roster.nodes().keys() == before.keys()
         assert [node.id for node in roster.nodes().values()] == [node.id for node in before.values()]
 
+    # a SuperLink that hangs for a while is waited for
+    link = next(process for process in server.family() if "server.fleet_gate" in process.cmdline())
+    link.suspend()
+    server.wait_for("it is waited for")
+    link.resume()
+    add_client(folder)
+    server.wait_for("client 1 registered")
+
     # a SuperLink that is killed: said so, and nothing of it stays
     family = server.family()
     next(process for process in family if "server.fleet_gate" in process.cmdline()).kill()
