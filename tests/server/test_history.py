@@ -56,6 +56,7 @@ def federation(**keys):
     return SimpleNamespace(
         config=from_flat({"seed": 11} | {name.replace("__", "."): value for name, value in keys.items()}),
         data=SimpleNamespace(task=SimpleNamespace(name="mrpc", headline="f1"), clients=7, eligible=range(6)),
+        drawn_from=range(6),
         student=torch.nn.Linear(3, 1, bias=True).requires_grad_(False),
         tiers=[None],
         teacher=SimpleNamespace(fine_tuned_on=77),
@@ -95,6 +96,12 @@ def test_a_runs_cost_is_that_of_all_its_processes():
 
 def test_the_cohort_of_a_summary_is_the_one_that_was_asked_for():
     assert summarise(federation(data__clients=7, server__cohort=4), HISTORY, "failed", 1.0)["cohort"] == 4
+
+
+def test_a_cohort_is_no_larger_than_those_that_it_is_drawn_from():
+    whole = federation(data__clients=7, server__cohort=4)
+    whole.drawn_from = range(2)  # only who holds the whole student trains
+    assert summarise(whole, HISTORY, "failed", 1.0)["cohort"] == 2
 
 
 def test_a_history_goes_on_from_json_as_if_it_had_never_stopped():
