@@ -43,6 +43,7 @@ from simulations.planned_privacy import planned_privacy
 from simulations.runtime import worker_count
 from simulations.table import Row, Sheet, show
 
+VOTES = "outputs on public text travel, no weights"
 SHOWN, CLASSES = 8, 4  # clients and classes that the screen has room for
 START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
 
@@ -270,7 +271,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"{student['sent']:,} of them travel",
     ]
     if sent is None:
-        told.append("a round   what travels is not predicted: outputs on public text, or each tier's part")
+        what = "each tier's part of the student travels" if "student.tiers" in found["not_counted"] else VOTES
+        told.append(f"a round   {what}; their bytes are not predicted")
     else:
         told += [
             f"a round   {weight(sent['down'])} down, {weight(sent['up'])} up "

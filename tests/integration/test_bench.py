@@ -70,7 +70,8 @@ def test_what_the_loops_cannot_do_is_refused(fedistill, tiny):
     [
         "student.tiers='1/0/0@0.5'", "student.heads=1", "student.neurons=8", "student.vocabulary=90",
         "student.target-ratio=0.5", "distill.weighting=annealed", "distill.cls-weight=1.0",
-        "distill.relation-weight=1.0",
+        "distill.relation-weight=1.0", "distill.general-rounds=1", "server.average-rounds=2", "client.max-seconds=5",
+        "client.energy-budget=5", "privacy.secure-aggregation=true",
     ],
 )  # fmt: skip
 def test_students_and_losses_that_the_loops_do_not_have_are_refused(key):

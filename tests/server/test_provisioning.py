@@ -96,10 +96,19 @@ def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):
     assert [refusal.candidate for refusal in choice.refused] == larger
 
 
-@pytest.mark.parametrize("keys", [{"student__model": "small"}, {"distill__general_rounds": 1}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"student__model": "small"},
+        {"distill__general_rounds": 1},
+        {"privacy__unit": "example", "privacy__epsilon": 8.0},
+        {"privacy__secure_aggregation": True},
+    ],
+    ids=str,
+)
 def test_costs_that_are_not_predicted_are_named(tiny_teacher, keys):
     with pytest.raises(
-        InputError, match=r"^(student.model|distill.general-rounds) = .*: what it costs a device is not"
+        InputError, match=r"^(student.model|distill.general-rounds|privacy.[a-z-]+) = .*: what it costs a device is not"
     ):
         lattice_of(tiny_teacher, **keys)
 

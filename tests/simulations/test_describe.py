@@ -84,6 +84,16 @@ def test_a_student_of_another_model_is_measured_by_its_teacher_and_travels_with_
     assert found["parameters"] == count_parameters(federation.student)
 
 
+def test_tiers_are_checked_and_their_bytes_not_told(keys):
+    found = examine(from_flat({**keys, "student.layers": 2, "student.tiers": "1/0/0@0.5"}), Silent())
+    assert found["bytes_per_round"] is None
+    assert any(
+        "each tier's part of the student travels; their bytes are not predicted" in line for line in lines(found)
+    )
+    with pytest.raises(InputError, match=r"student\.tiers = .*: 99 heads; the teacher has 2"):
+        examine(from_flat({**keys, "student.layers": 2, "student.tiers": "1/99/0@0.5"}), Silent())
+
+
 def test_what_privacy_it_would_give_is_told(keys):
     """All nine clients in each of five rounds; of examples, lots of 16 in one pass a round."""
     rdp = {"privacy.epsilon": 8.0, "privacy.accountant": "rdp"}
