@@ -3,6 +3,7 @@
 Run as a module: ``python -m clients.fleet PARENT_PID, and flower-supernode's own arguments``.
 """
 
+import os
 import ssl
 import sys
 import time
@@ -28,6 +29,7 @@ LOOK_SECONDS = 0.05  # between two looks, on this machine, whether an answer is 
 CLOCK_TOLERANCE = timedelta(minutes=5)  # Flower's, of a signature's time
 LOOK_TIMEOUT = 5.0  # seconds
 WRONG_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and IP_ADDRESS_MISMATCH, openssl/x509_vfy.h
+GAVE_UP = 1  # exit code
 EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
@@ -147,6 +149,9 @@ def main(parent: str, *arguments: str) -> None:
 
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
+    # it has given up on the server, as it does when a TLS handshake takes too long, but its own server runs on in a
+    # thread: end, so that whoever started us can start anew
+    os._exit(GAVE_UP)
 
 
 if __name__ == "__main__":

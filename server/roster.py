@@ -38,6 +38,7 @@ class Roster:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
         self._online: set[int] = set()
+        self._asked: set[int] = set()  # to be registered or unregistered, and not seen so yet
 
     def __enter__(self) -> Self:
         return self
@@ -83,25 +84,26 @@ class Roster:
             raise _silent(error) from None
 
     def _update(self, keys: Keys, revoked: Keys) -> list[str]:
-        lines, nodes = [], self.nodes()
-        for number, key in keys.items():
-            if public_key_to_bytes(key) not in nodes:
-                self._client.RegisterNode(
-                    RegisterNodeRequest(public_key=public_key_to_bytes(key), name=f"client-{number}")
-                )
-                lines.append(f"client {number} registered")
-        for number, key in revoked.items():
-            node = nodes.get(public_key_to_bytes(key))
-            if node is not None and node.status != NodeStatus.UNREGISTERED:
-                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
-                lines.append(f"client {number} revoked: its key is refused from now on")
-        online = {
-            number
-            for number, key in keys.items()
-            if (node := nodes.get(public_key_to_bytes(key))) is not None and node.status == NodeStatus.ONLINE
-        }
+        nodes = self.nodes()
+        found = {number: nodes.get(public_key_to_bytes(key)) for number, key in (keys | revoked).items()}
+        there = {number: node for number, node in found.items() if node is not None}
+        living = {number for number, node in there.items() if node.status != NodeStatus.UNREGISTERED}
+        for number in sorted(keys.keys() - there.keys()):
+            self._asked.add(number)
+            key = public_key_to_bytes(keys[number])
+            self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=f"client-{number}"))
+        for number in sorted(revoked.keys() & living):
+            self._asked.add(number)
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=there[number].id))
+        # the answer to a request may be lost though it was carried out: what has happened is what the list says
+        registered = self._asked & keys.keys() & there.keys()
+        refused = (self._asked & revoked.keys()) - living
+        online = {number for number in keys.keys() & living if there[number].status == NodeStatus.ONLINE}
+        lines = [f"client {number} registered" for number in sorted(registered)]
+        lines += [f"client {number} revoked: its key is refused from now on" for number in sorted(refused)]
         lines += [f"client {number} joined" for number in sorted(online - self._online)]
-        lines += [f"client {number} left" for number in sorted(self._online - online - set(revoked))]
+        lines += [f"client {number} left" for number in sorted(self._online - online - revoked.keys())]
+        self._asked -= registered | refused
         self._online = online
         return lines
 
