@@ -1,6 +1,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 GLUE ?= ../shared/data/glue
+# files side by side, in their order: the long ones are in the middle, so that both ends meet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test unit lint bench clean
@@ -9,10 +11,10 @@ demo: .venv/demo  ## the main job on the embedded corpus: no data set, no downlo
 	$(BIN)/fedistill simulate
 
 test: .venv/dev  ## every test this machine can run; says what it skipped and why
-	$(BIN)/pytest
+	$(PYTEST)
 
 unit: .venv/dev  ## the quick tier: no Flower run, no real data
-	$(BIN)/pytest -m "not integration and not real"
+	$(PYTEST) -m "not integration and not real"
 
 lint: .venv/dev
 	$(BIN)/ruff check .
