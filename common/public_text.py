@@ -1,5 +1,6 @@
 """Public text without labels, beside a task's own: a file of lines, or the public parts of all GLUE tasks there are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.seeding import generator
 from common.tasks import GLUE
 
 ALL_GLUE = "glue"
+LOST, MOVED = 0.25, 3  # the share of words that a copy misses, and by how many places the others stray
 
 
 def load_public_text(config: Config) -> list[str]:
@@ -51,6 +53,27 @@ def apart_from(data: FederatedDataset, texts: list[str]) -> list[str]:
     others = [(data.train, elsewhere)] + [(split, np.arange(len(split))) for split in data.validation.values()]
     taken = {normal_form(text) for split, rows in others for column in split.texts for text in column.take(rows)}
     return [text for text in texts if normal_form(text) not in taken]
+
+
+def in_pairs(own: Sequence[tuple[str, str]], texts: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """What a student of a task on pairs reads in general distillation: ``own`` pairs, and each text once more.
+
+    What two texts have in common is read across them, so the heads that do so are mended by pairs alone. Half of the
+    texts stand two by two, which have little in common, half beside a copy of themselves that has lost words and
+    their order (the noise of Lample et al. 2018, https://arxiv.org/abs/1711.00043, section 2.3). Of an odd half's
+    last text nothing is made.
+    """
+    order = rng.permutation(len(texts)).tolist()
+    strange, alike = order[: len(texts) // 2], order[len(texts) // 2 :]
+    pairs = [(texts[one], texts[other]) for one, other in zip(strange[::2], strange[1::2], strict=False)]
+    return [*own, *pairs, *((texts[place], _worn(texts[place], rng)) for place in alike)]
+
+
+def _worn(text: str, rng: np.random.Generator) -> str:
+    """A copy without some of the words, the others near their places."""
+    words = text.split()
+    kept = [word for word, stays in zip(words, rng.random(len(words)) >= LOST, strict=True) if stays] or words
+    return " ".join(kept[place] for place in np.argsort(np.arange(len(kept)) + rng.uniform(0, MOVED, len(kept))))
 
 
 def _all_glue(config: Config) -> list[str]:

@@ -24,8 +24,10 @@ from common.nested import Tiers
 from common.objective import Examples
 from common.probe import find_room
 from common.progress import Progress
+from common.public_text import LOST, MOVED, in_pairs
 from common.pupil import Pupil
 from common.recipe import INSIDE, Recipe, make_recipe
+from common.seeding import generator
 from common.tokens import Tokens, tokenize
 from server.lesson import Lesson
 
@@ -49,9 +51,10 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
     data = lesson.data
     public = np.asarray(data.public)
     keys = config.student
+    general = [keys.general_epochs, hash_json(lesson.text), *([LOST, MOVED] if _reads_pairs(lesson) else [])]
     return {
         "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
-        "general": [keys.general_epochs, hash_json(lesson.text)] if final and keys.general_epochs else None,
+        "general": general if final and keys.general_epochs else None,
         "tiers": keys.tiers if final and keys.tier_mode == "nested" and keys.tiers else None,  # else it is alone
         "distill": config.distill.model_dump(exclude={"prior_correction"}),  # of skewed clients
         "client": [
@@ -97,7 +100,7 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:
         general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
-        passes.append(("public texts", _all_public_text(lesson, pupil, progress), general, WARM_GENERAL))
+        passes.append(("public texts", _all_public_text(lesson, pupil, config.seed, progress), general, WARM_GENERAL))
     if on_split:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
         if not labelled(data.train.labels[examples.rows]).all():
@@ -128,16 +131,25 @@ def _unlabelled(recipe: Recipe, hidden: float) -> dict[str, float]:
     return {**kept, "hidden": hidden}
 
 
-def _all_public_text(lesson: Lesson, pupil: Pupil, progress: Progress) -> Examples:
-    """Every public text, each once and by itself; no labels."""
+def _reads_pairs(lesson: Lesson) -> bool:
+    return len(lesson.data.train.texts) == 2
+
+
+def _all_public_text(lesson: Lesson, pupil: Pupil, seed: int, progress: Progress) -> Examples:
+    """Every public text, each once and by itself, or in pairs where the task is on pairs; no labels."""
     data = lesson.data
-    own = [text for column in data.train.texts for text in column.take(np.asarray(data.public))]
-    texts = list(dict.fromkeys([text for text in own if text] + list(lesson.text)))
+    own = [column.take(np.asarray(data.public)) for column in data.train.texts]
+    texts = list(dict.fromkeys([text for column in own for text in column if text] + list(lesson.text)))
+    columns: tuple[list[str], ...] = (texts,)
+    if _reads_pairs(lesson):
+        pairs = in_pairs(list(zip(*own, strict=True)), texts, generator(seed, "pairs"))
+        columns = ([first for first, _ in pairs], [second for _, second in pairs])
+    count = len(columns[0])
     folders = [pupil.folder] if pupil.taught is None else [pupil.folder, lesson.teacher.folder]
-    with progress.step("tokenise the public texts", len(folders) * len(texts)) as bar:
-        read, *taught = (tokenize((texts,), load_tokenizer(one), data.max_length, bar.advance) for one in folders)
-    split = Split(read, np.full(len(texts), -1), np.zeros((len(texts), 16), dtype=np.uint8))
-    return _examples(lesson, split, np.arange(len(texts)), taught[0] if taught else None, progress)
+    with progress.step("tokenise the public texts", len(folders) * count) as bar:
+        read, *taught = (tokenize(columns, load_tokenizer(one), data.max_length, bar.advance) for one in folders)
+    split = Split(read, np.full(count, -1), np.zeros((count, 16), dtype=np.uint8))
+    return _examples(lesson, split, np.arange(count), taught[0] if taught else None, progress)
 
 
 def _examples(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,7 @@ from common.corpus import load_corpus
 from common.dataset import _cut, prepare_dataset
 from common.errors import InputError
 from common.progress import Silent
-from common.public_text import apart_from, load_public_text
+from common.public_text import LOST, MOVED, apart_from, in_pairs, load_public_text
 
 
 def texts(**keys):
@@ -90,3 +91,21 @@ def test_a_text_that_a_client_holds_or_a_score_is_of_is_not_public(tmp_path, tin
 def test_glues_text_needs_a_glue_folder():
     assert "needs a GLUE task and a folder" in refusal(task="toy", data__public_text="glue")
     assert "needs a GLUE task and a folder" in refusal(task="sst2", data__public_text="glue")
+
+
+def test_a_task_of_pairs_reads_its_own_pairs_and_each_text_once_more():
+    texts = [f"a{n} b{n} c{n} d{n}" for n in range(40)]
+    own = [("one", "two"), ("three", "")]
+    pairs = in_pairs(own, texts, np.random.default_rng(0))
+    assert pairs[:2] == own
+    strange, alike = pairs[2:12], pairs[12:]
+    assert sorted([*(text for pair in strange for text in pair), *(first for first, _ in alike)]) == sorted(texts)
+    assert all(set(second.split()) <= set(first.split()) for first, second in alike)
+    lost = 1 - sum(len(second.split()) for _, second in alike) / sum(len(first.split()) for first, _ in alike)
+    assert abs(lost - LOST) < 0.15
+    for first, second in alike:
+        places = [first.split().index(word) for word in second.split()]
+        assert all(abs(place - now) <= MOVED for now, place in enumerate(np.argsort(np.argsort(places))))
+    assert any(second.split() != sorted(second.split()) for _, second in alike)  # out of their order
+    assert in_pairs(own, texts, np.random.default_rng(0)) == pairs
+    assert in_pairs([], ["a b c"], np.random.default_rng(1))[0][0] == "a b c"

@@ -21,17 +21,18 @@ from server import student as module
 from server.lesson import prepare_lesson
 from server.student import check_width, choose_width, narrow_student, narrowed, prepare_student, random_width
 from server.teacher import find_teacher
-from tests.conftest import FP32, make_reviews, make_teacher
+from server.warm_start import _all_public_text
+from tests.conftest import FP32, make_reviews, make_sentences, make_teacher
 
 
 class School:
     """A lesson in a cache of its own, and students for it."""
 
-    def __init__(self, teacher, source, cache):
+    def __init__(self, teacher, source, cache, **keys):
         self.flat = {
             "task": "text", "data.source": str(source), "data.clients": 3, "data.max-length": 48, "data.alpha": 10.0,
             "data.public-fraction": 0.4, "teacher.model": str(teacher), "runtime.cache": str(cache),
-            "student.layers": 2, "client.token-budget": 256,
+            "student.layers": 2, "client.token-budget": 256, **keys,
         }  # fmt: skip
         self.lesson = prepare_lesson(self.config(), find_teacher(str(teacher)), Silent())
 
@@ -234,6 +235,19 @@ def test_general_distillation_needs_no_public_split_but_public_text(school):
     config = school.config(student__general_epochs=2, data__public_fraction=0.0)
     with pytest.raises(InputError, match=r"student\.general-epochs = 2: no public text; give data\.public-text"):
         prepare_lesson(config, find_teacher(config.teacher.model), Silent())
+
+
+def test_of_a_task_on_pairs_general_distillation_reads_pairs(strong_teacher, tmp_path):
+    texts = make_sentences(240)
+    sides = zip(texts[::2], texts[1::2], strict=True)
+    rows = "".join(f"{one},{other},{number % 2}\n" for number, (one, other) in enumerate(sides))
+    (tmp_path / "pairs.csv").write_text(f"one,other,label\n{rows}")
+    pairs = School(strong_teacher, tmp_path / "pairs.csv", tmp_path / "cache", **{"data.text-columns": "one,other"})
+    cold = pairs.student(student__vocabulary=120)
+    warm = pairs.student(student__vocabulary=120, student__general_epochs=5, student__warm_lr=0.01)
+    assert distance(pairs, warm) < 0.7 * distance(pairs, cold)
+    read = _all_public_text(pairs.lesson, cold, 0, Silent()).data.tokens.batch(np.arange(5))
+    assert (read["token_type_ids"].max(dim=1).values == 1).all()
 
 
 def test_a_warm_start_needs_a_public_split(school):
