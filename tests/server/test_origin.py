@@ -15,7 +15,7 @@ from common.pupil import load_exits
 from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
 from server.student import narrow_student, random_width
 from tests.conftest import make_reviews, make_teacher
-from tests.server.test_student import School
+from tests.school import School
 
 
 @pytest.fixture(scope="module")

@@ -12,57 +12,16 @@ from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.families import FAMILIES
 from common.hashing import hash_tensors
-from common.inference import predict
-from common.models import count_parameters, load_teacher
+from common.models import count_parameters
 from common.progress import Silent
 from common.slim import FactoredEmbedding, Shape, cut_student
 from common.vocabulary import fewest_pieces
 from server import student as module
 from server.lesson import prepare_lesson
-from server.student import check_width, choose_width, narrow_student, narrowed, prepare_student, random_width
+from server.student import check_width, choose_width, narrow_student, narrowed, random_width
 from server.teacher import find_teacher
-from server.warm_start import _all_public_text
-from tests.conftest import FP32, make_reviews, make_sentences, make_teacher
-
-
-class School:
-    """A lesson in a cache of its own, and students for it."""
-
-    def __init__(self, teacher, source, cache, **keys):
-        self.flat = {
-            "task": "text", "data.source": str(source), "data.clients": 3, "data.max-length": 48, "data.alpha": 10.0,
-            "data.public-fraction": 0.4, "teacher.model": str(teacher), "runtime.cache": str(cache),
-            "student.layers": 2, "client.token-budget": 256, **keys,
-        }  # fmt: skip
-        self.lesson = prepare_lesson(self.config(), find_teacher(str(teacher)), Silent())
-
-    def config(self, **keys):
-        flat = {name.replace("__", ".").replace("_", "-"): value for name, value in keys.items()}
-        return from_flat({**self.flat, **flat})
-
-    def student(self, lesson=None, **keys):
-        return prepare_student(self.config(**keys), lesson or self.lesson, Silent())
-
-
-@pytest.fixture(scope="module")
-def strong_teacher(tmp_path_factory):
-    """A random teacher with weights large enough that layers and words make a difference."""
-    folder = make_teacher(tmp_path_factory.mktemp("strong"))
-    model, rng = load_teacher(folder), torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.add_(0.15 * torch.randn(parameter.shape, generator=rng))
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def school(strong_teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("school")
-    return School(strong_teacher, make_reviews(folder / "reviews.csv", 200), folder / "cache")
-
-
-def states(pupil):
-    return pupil.model.state_dict()
+from tests.conftest import make_reviews, make_teacher
+from tests.school import WARM, School, disagreement, states
 
 
 def refusal(school, **keys):
@@ -173,89 +132,6 @@ def test_private_text_has_no_say_in_the_vocabulary(school):
     assert expected.shape[0] == 120
 
 
-# --- its warm start -----------------------------------------------------------------------------
-
-EMBEDDING = "bert.embeddings.word_embeddings.weight"
-WARM = {"student__warm_epochs": 2, "student__warm_lr": 0.01, "student__vocabulary": 120}
-
-
-def disagreement(school, pupil):
-    """Mean squared difference of the student's logits from the teacher's on the public rows."""
-    rows = np.asarray(school.lesson.data.public)
-    own = predict(pupil.model, pupil.data.train.tokens, rows, FP32)
-    theirs = predict(school.lesson.model, school.lesson.data.train.tokens, rows, FP32)
-    return np.square(own - theirs).mean()
-
-
-def test_a_warm_start_brings_the_student_closer_to_its_teacher(school):
-    cold = school.student(student__vocabulary=120)
-    warm = school.student(**{**WARM, "student__warm_epochs": 10, "distill__hard_weight": 0.0})
-    assert disagreement(school, warm) < 0.7 * disagreement(school, cold)
-    assert hash_tensors(states(warm)) == warm.hash != cold.hash
-    assert torch.equal(states(warm)[EMBEDDING], states(cold)[EMBEDDING])  # frozen
-
-
-def distance(school, pupil):
-    """Mean cosine distance of the last hidden states at the first piece from the teacher's, on the public rows."""
-    rows = np.asarray(school.lesson.data.public)
-    own, theirs = (
-        model(**tokens.batch(rows), output_hidden_states=True).hidden_states[-1][:, 0].detach()
-        for model, tokens in (
-            (pupil.model, pupil.data.train.tokens),
-            (school.lesson.model, school.lesson.data.train.tokens),
-        )
-    )
-    return float((1 - torch.cosine_similarity(own, theirs)).mean())
-
-
-def test_general_distillation_brings_the_hidden_states_closer(school):
-    cold = school.student(student__vocabulary=120)
-    warm = school.student(student__vocabulary=120, student__general_epochs=10, student__warm_lr=0.01)
-    assert distance(school, warm) < 0.7 * distance(school, cold)
-    assert disagreement(school, warm) < 0.7 * disagreement(school, cold)
-
-
-def test_general_distillation_reads_no_label_and_depends_on_the_text(school):
-    keys = {"student__vocabulary": 120, "student__general_epochs": 1}
-    first = school.student(**keys)
-    labels = np.full_like(school.lesson.data.train.labels, -1)
-    data = replace(school.lesson.data, train=replace(school.lesson.data.train, labels=labels))
-    assert school.student(replace(school.lesson, data=data), **keys).hash == first.hash
-    lesson = replace(school.lesson, text=("a fine movie",))
-    longer = school.student(lesson, **keys)
-    assert longer.key != first.key
-    assert longer.hash != first.hash
-
-
-def test_general_distillation_needs_no_public_split_but_public_text(school):
-    nothing = replace(school.lesson.data, public=np.zeros(0, dtype=np.int64))
-    lesson = replace(school.lesson, data=nothing, text=("a fine movie", "a dull plot"))
-    keys = {"student__general_epochs": 2, "student__warm_epochs": 3}
-    assert school.student(lesson, **keys).hash != school.student(lesson).hash
-    config = school.config(student__general_epochs=2, data__public_fraction=0.0)
-    with pytest.raises(InputError, match=r"student\.general-epochs = 2: no public text; give data\.public-text"):
-        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
-
-
-def test_of_a_task_on_pairs_general_distillation_reads_pairs(strong_teacher, tmp_path):
-    texts = make_sentences(240)
-    sides = zip(texts[::2], texts[1::2], strict=True)
-    rows = "".join(f"{one},{other},{number % 2}\n" for number, (one, other) in enumerate(sides))
-    (tmp_path / "pairs.csv").write_text(f"one,other,label\n{rows}")
-    pairs = School(strong_teacher, tmp_path / "pairs.csv", tmp_path / "cache", **{"data.text-columns": "one,other"})
-    cold = pairs.student(student__vocabulary=120)
-    warm = pairs.student(student__vocabulary=120, student__general_epochs=5, student__warm_lr=0.01)
-    assert distance(pairs, warm) < 0.7 * distance(pairs, cold)
-    read = _all_public_text(pairs.lesson, cold, 0, Silent()).data.tokens.batch(np.arange(5))
-    assert (read["token_type_ids"].max(dim=1).values == 1).all()
-
-
-def test_a_warm_start_needs_a_public_split(school):
-    config = school.config(student__warm_epochs=3, data__public_fraction=0.0)
-    with pytest.raises(InputError, match=r"student\.warm-epochs = 3: no example is public; give a larger data\.public"):
-        prepare_lesson(config, find_teacher(config.teacher.model), Silent())
-
-
 def test_public_text_has_a_say_in_the_vocabulary(school):
     tokenizer = load_tokenizer(school.lesson.teacher.folder)
     fewest = fewest_pieces(tokenizer)
@@ -267,25 +143,7 @@ def test_public_text_has_a_say_in_the_vocabulary(school):
     assert other in load_tokenizer(pupil.folder).get_vocab()
 
 
-def test_general_distillation_waits_for_the_last_heads_and_neurons(school):
-    keys = {"student__heads": 1, "student__general_epochs": 2}
-    wide, config = school.student(**keys), school.config(**keys)
-    assert wide.hash == school.student().hash
-    width = random_width(config, wide.shape)
-    final = narrow_student(config, school.lesson, wide, width, Silent())
-    cold = narrow_student(school.config(student__heads=1), school.lesson, wide, width, Silent())
-    assert final.hash != cold.hash
-
-
-def test_a_warm_start_trains_the_embeddings_where_they_are_trained(school):
-    """Of the rows in public text, and of the padding, which decays; the others stay."""
-    cold = school.student(student__vocabulary=120)
-    warm = school.student(**WARM, student__train_embeddings=True)
-    moved = (states(warm)[EMBEDDING] != states(cold)[EMBEDDING]).any(dim=1)
-    batch = cold.data.train.tokens.batch(np.asarray(cold.data.public))
-    used = batch["input_ids"].unique()
-    assert torch.equal(torch.nonzero(moved).reshape(-1), used)
-    assert len(used) < 120
+# --- its key ------------------------------------------------------------------------------------
 
 
 def test_a_student_is_made_once_for_its_keys(school, monkeypatch):
