@@ -31,7 +31,7 @@ class Examples:
         data: the examples in the student's pieces.
         rows: (n,) row numbers in ``data``.
         soft: (n, num_labels) the teacher's logits of these rows; (n, 0): the teacher runs along and tells them, for
-            losses on inner states of examples of one window.
+            losses on inner states of examples of one window, not adaptive.
         taught: all rows of ``data`` in the teacher's pieces, where those are others.
         shift: (classes,) what is added to the logits under the label's loss, see `common.priors`; None: nothing.
         masking: of general distillation, in which ``soft`` is empty, (n, 0), and `masked` is what is learnt from.
@@ -223,6 +223,7 @@ def parts_of(
         with torch.no_grad(), compute.autocast(), _watched(teacher, {t for _, t in related}) as theirs:
             taught = teacher(**batch.taught, output_hidden_states=True)
         if not batch.soft.shape[-1]:
+            assert batch.pooling is None and not recipe.adaptive
             batch = replace(batch, soft=taught.logits.float())
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)

@@ -101,10 +101,10 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:
         general = replace(
-            recipe, epochs=1, lr=keys.general_lr, last_lr=keys.general_lr / 10, weights=_unlabelled(recipe, 1.0),
-            adaptive=False, dropout=False,
+            recipe, epochs=keys.general_epochs, lr=keys.general_lr, last_lr=keys.general_lr / 10,
+            weights=_unlabelled(recipe, 1.0), adaptive=False, dropout=False,
         )  # fmt: skip
-        passes.append(("public texts", _all_public_text(lesson, pupil, config, progress), general, WARM_GENERAL))
+        passes.append(("public texts", _all_public_text(lesson, pupil, config.seed, progress), general, WARM_GENERAL))
     if on_split:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
         if not labelled(data.train.labels[examples.rows]).all():
@@ -139,26 +139,24 @@ def _reads_pairs(lesson: Lesson) -> bool:
     return len(lesson.data.train.texts) == 2
 
 
-def _all_public_text(lesson: Lesson, pupil: Pupil, config: Config, progress: Progress) -> Examples:
-    """Every public text once for each pass, by itself or in other pairs each time where the task is on pairs.
+def _all_public_text(lesson: Lesson, pupil: Pupil, seed: int, progress: Progress) -> Examples:
+    """Every public text, each once and by itself, or in pairs where the task is on pairs.
 
     There are no labels and no outputs: the teacher runs along.
     """
-    data, rng = lesson.data, generator(config.seed, "pairs")
+    data = lesson.data
     own = [column.take(np.asarray(data.public)) for column in data.train.texts]
     texts = list(dict.fromkeys([text for column in own for text in column if text] + list(lesson.text)))
     columns: tuple[list[str], ...] = (texts,)
-    passes = config.student.general_epochs
     if _reads_pairs(lesson):
-        pairs = [pair for _ in range(passes) for pair in in_pairs(list(zip(*own, strict=True)), texts, rng)]
+        pairs = in_pairs(list(zip(*own, strict=True)), texts, generator(seed, "pairs"))
         columns = ([first for first, _ in pairs], [second for _, second in pairs])
     count = len(columns[0])
     folders = [pupil.folder] if pupil.taught is None else [pupil.folder, lesson.teacher.folder]
     with progress.step("tokenise the public texts", len(folders) * count) as bar:
         read, *taught = (tokenize(columns, load_tokenizer(one), data.max_length, bar.advance) for one in folders)
     split = Split(read, np.full(count, -1), np.zeros((count, 16), dtype=np.uint8))
-    rows = np.arange(count) if _reads_pairs(lesson) else np.tile(np.arange(count), passes)
-    return Examples(split, rows, np.zeros((len(rows), 0), np.float32), taught[0] if taught else None)
+    return Examples(split, np.arange(count), np.zeros((count, 0), np.float32), taught[0] if taught else None)
 
 
 def _examples(

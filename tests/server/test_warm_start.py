@@ -78,13 +78,8 @@ def test_of_a_task_on_pairs_general_distillation_reads_pairs(strong_teacher, tmp
     cold = pairs.student(student__vocabulary=120)
     warm = pairs.student(student__vocabulary=120, student__general_epochs=5, student__general_lr=0.01)
     assert distance(pairs, warm) < 0.7 * distance(pairs, cold)
-    twice = _all_public_text(pairs.lesson, cold, pairs.config(student__general_epochs=2), Silent())
-    read, count = twice.data.tokens, len(twice.rows) // 2
-    assert (read.batch(twice.rows)["token_type_ids"].max(dim=1).values == 1).all()
-    own = len(pairs.lesson.data.public)
-    assert read.take(np.arange(own)).ids.tolist() == read.take(np.arange(count, count + own)).ids.tolist()
-    first, again = (read.take(np.arange(start + own, start + count)).ids.tolist() for start in (0, count))
-    assert first != again  # the others are drawn anew for each pass
+    read = _all_public_text(pairs.lesson, cold, 0, Silent()).data.tokens
+    assert (read.batch(np.arange(len(read)))["token_type_ids"].max(dim=1).values == 1).all()
 
 
 def test_general_distillation_drops_nothing_out(school):
