@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from common.config import Config, from_flat
 from common.dataset import FederatedDataset, load_tokenizer, prepare_dataset
@@ -26,6 +27,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of processes that tests start: a busy machine's cores are shared
 _TABLES = tempfile.TemporaryDirectory(prefix="fedistill-tests-")
 os.environ["HF_DATASETS_CACHE"] = _TABLES.name
+
+# a test states a fact, and on a busy machine it may be late
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 FP32 = Compute(torch.device("cpu"), bf16=False)
 BF16 = Compute(torch.device("cpu"), bf16=True)

@@ -8,7 +8,7 @@ from common.batches import token_budget_batches
 from common.seeding import generator
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(2, 128), max_size=80), st.integers(64, 1024), st.integers(0, 2**63))
 def test_batches_hold_each_example_once_within_the_budget(lengths, budget, seed):
     lengths = np.asarray(lengths, dtype=np.int64)

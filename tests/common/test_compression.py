@@ -164,7 +164,7 @@ def test_no_draw_carries_a_rows_largest_entry_over_the_end_of_int8():
 # --- topk ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 1e-3]), min_size=1, max_size=60),
     st.sampled_from([0.001, 0.02, 0.3, 1.0]),

@@ -40,7 +40,7 @@ def total(parts):
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(clients, st.randoms(use_true_random=False))
 def test_any_order_and_grouping_of_clients_gives_the_same_bits(clients, random):
     parts = encoded(clients)
@@ -55,7 +55,7 @@ def test_any_order_and_grouping_of_clients_gives_the_same_bits(clients, random):
     assert total([total(parts[:cut]), total(parts[cut:])]).tobytes() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(clients)
 def test_a_sum_is_the_rational_one_within_half_a_step_per_client(clients):
     for found in (total(encoded(clients)), summed(clients)):

@@ -89,7 +89,7 @@ def test_class_scores_of_summed_shards_are_the_pooled_ones(k, seed):
     assert got == pytest.approx(sklearn_scores(k, logits.argmax(axis=1), labels), abs=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(2, 4).flatmap(
         lambda k: st.tuples(
@@ -292,7 +292,7 @@ tight = st.integers(0, 60).map(lambda i: 2.5 + i / 1000)  # 61 values within six
 wide = st.floats(-20, 20, width=32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(tight | wide, tight | st.integers(0, 25).map(lambda i: i / 5)), min_size=2, max_size=25))
 def test_spearman_is_within_its_bound_wherever_values_share_a_bin(pairs):
     assert_bound_holds(*np.array(pairs).T)

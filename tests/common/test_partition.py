@@ -40,7 +40,7 @@ def keys(partition, clients, **more):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=30), st.sampled_from([1, 2]), st.integers(0, 99))
 @example([("x", "y"), ("y", "good film"), ("bad film", "x"), ("GOOD FILM ", "cold soup"), ("Straße", "Straße")], 2, 0)
 def test_a_text_never_stands_on_both_sides_of_a_cut(pairs, columns, seed):

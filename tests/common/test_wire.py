@@ -449,7 +449,7 @@ def survives(content):
         assert str(SECRET) not in str(error)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text()
     | json_values.map(json.dumps)
@@ -460,7 +460,7 @@ def test_hostile_lines_raise_nothing_but_a_wire_error(text):
     survives(reply(lines=text))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=300) | near_bytes | st.binary(max_size=200).map(lambda b: headed(b.decode("latin-1"), bytes(96)))
 )
@@ -479,7 +479,7 @@ near_headers = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     near_headers
     | st.binary(max_size=300)

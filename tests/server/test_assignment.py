@@ -42,7 +42,7 @@ def test_the_largest_clients_go_first_to_the_least_loaded_node():
     assert assign([5, 3, 1, 4, 2], sizes, [100, 200]) == {100: (1, 4), 200: (2, 3, 5)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=40), st.integers(1, 9))
 def test_every_client_is_assigned_once_and_no_node_waits_for_long(sizes, count):
     known = dict(enumerate(sizes))
@@ -80,7 +80,7 @@ def test_a_node_that_was_never_seen_at_work_counts_as_average():
     assert {node: len(clients) for node, clients in lists.items()} == {1: 10, 2: 30, 3: 20}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(0, 500), min_size=1, max_size=30),
     st.lists(st.none() | st.floats(1.0, 1000.0), min_size=1, max_size=6),

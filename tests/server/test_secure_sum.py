@@ -156,7 +156,7 @@ def test_clients_may_be_lost_before_any_stage(tmp_path, stage):
     holds(cohort, survivors, opened)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_losses_give_the_sum_of_the_rest_or_a_clean_end(tmp_path_factory, data):
     size = data.draw(st.integers(4, 9))
