@@ -125,7 +125,6 @@ def begin(
     optimizer.zero_grad(set_to_none=True)
     for model in (student.model, *(one.model for one in student.smaller)):
         set_training(model)
-        model.train(recipe.dropout)
     device = next(iter(weights.values())).device
     totals = torch.zeros(1 + len(PARTS), dtype=torch.float64, device=device)
     return Learning(student, trained, start, pieces, totals)

@@ -121,10 +121,7 @@ class StudentKeys(Section):
         description="passes over all public text before these, on hidden states and soft targets: what a cut takes "
         "from a model is mended best on much text, of whatever kind; for a task on pairs the text is put in pairs",
     )
-    general_lr: Rate = Field(1e-3, description="AdamW learning rate of these; it falls to a tenth")
-    dropout: float = Field(
-        0.0, ge=0.0, lt=1.0, description="dropout while distilling, but for the passes over all public text"
-    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
     train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
     tiers: str = Field(
         "",

@@ -30,8 +30,7 @@ class Examples:
     Attributes:
         data: the examples in the student's pieces.
         rows: (n,) row numbers in ``data``.
-        soft: (n, num_labels) the teacher's logits of these rows; (n, 0): the teacher runs along and tells them, for
-            losses on inner states of examples of one window, not adaptive.
+        soft: (n, num_labels) the teacher's logits of these rows.
         taught: all rows of ``data`` in the teacher's pieces, where those are others.
         shift: (classes,) what is added to the logits under the label's loss, see `common.priors`; None: nothing.
         masking: of general distillation, in which ``soft`` is empty, (n, 0), and `masked` is what is learnt from.
@@ -61,7 +60,7 @@ class Batch:
 
     Attributes:
         inputs: the student's, a row for each window of the examples.
-        soft: (batch, num_labels) the teacher's logits, or (batch, 0): see `Examples`.
+        soft: (batch, num_labels) the teacher's logits.
         hard: (batch,) labels, (batch, classes) for multi-label, or None when they are not read.
         taught: the teacher's inputs, for losses on inner states.
         positions: at how many positions the inner states are compared.
@@ -219,12 +218,6 @@ def parts_of(
     with compute.autocast(), _watched(model, {s for s, _ in related}) as ours:
         output = model(**own, output_hidden_states=recipe.deep)
     logits = losses.pooled(output.logits, batch.pooling)
-    if recipe.deep:
-        with torch.no_grad(), compute.autocast(), _watched(teacher, {t for _, t in related}) as theirs:
-            taught = teacher(**batch.taught, output_hidden_states=True)
-        if not batch.soft.shape[-1]:
-            assert batch.pooling is None and not recipe.adaptive
-            batch = replace(batch, soft=taught.logits.float())
     zero = logits.new_zeros(())
     parts = dict.fromkeys(PARTS, zero)
     parts["soft"], parts["hard"] = output_losses(logits, batch, recipe)
@@ -237,7 +230,12 @@ def parts_of(
         parts["inner"] = torch.stack(outer).sum()
     if not recipe.deep:
         return parts
-    target = taught.hidden_states
+    with (
+        torch.no_grad(),
+        compute.autocast(),
+        _watched(teacher, {t for _, t in related}) as theirs,
+    ):
+        target = teacher(**batch.taught, output_hidden_states=True).hidden_states
     mask = own["attention_mask"] if batch.places is None else batch.places[2]
     # entry 0 of hidden_states is the embedding's output
     pairs = [(output.hidden_states[s + 1].float(), target[t + 1].float()) for s, t in recipe.hidden_pairs]

@@ -32,7 +32,6 @@ class Recipe:
         adaptive: where the teacher is wrong the weight of its output goes to the label.
         last_lr: the learning rate falls to this one over the steps; 0: it stays.
         sgd: plain steps along the gradient; else AdamW's.
-        dropout: whether the student drops out states as its configuration says; else none.
     """
 
     epochs: int
@@ -53,7 +52,6 @@ class Recipe:
     last_lr: float = 0.0
     micro_budget: int = 0
     sgd: bool = False
-    dropout: bool = True
 
     @property
     def deep(self) -> bool:

@@ -51,11 +51,10 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
     data = lesson.data
     public = np.asarray(data.public)
     keys = config.student
-    general = [keys.general_epochs, keys.general_lr, hash_json(lesson.text)]
-    pairs = [LOST, MOVED] if _reads_pairs(lesson) else []
+    general = [keys.general_epochs, hash_json(lesson.text), *([LOST, MOVED] if _reads_pairs(lesson) else [])]
     return {
         "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
-        "general": [*general, *pairs] if final and keys.general_epochs else None,
+        "general": general if final and keys.general_epochs else None,
         "tiers": keys.tiers if final and keys.tier_mode == "nested" and keys.tiers else None,  # else it is alone
         "distill": config.distill.model_dump(exclude={"prior_correction"}),  # of skewed clients
         "client": [
@@ -100,10 +99,7 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:
-        general = replace(
-            recipe, epochs=keys.general_epochs, lr=keys.general_lr, last_lr=keys.general_lr / 10,
-            weights=_unlabelled(recipe, 1.0), adaptive=False, dropout=False,
-        )  # fmt: skip
+        general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
         passes.append(("public texts", _all_public_text(lesson, pupil, config.seed, progress), general, WARM_GENERAL))
     if on_split:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
@@ -140,10 +136,7 @@ def _reads_pairs(lesson: Lesson) -> bool:
 
 
 def _all_public_text(lesson: Lesson, pupil: Pupil, seed: int, progress: Progress) -> Examples:
-    """Every public text, each once and by itself, or in pairs where the task is on pairs.
-
-    There are no labels and no outputs: the teacher runs along.
-    """
+    """Every public text, each once and by itself, or in pairs where the task is on pairs; no labels."""
     data = lesson.data
     own = [column.take(np.asarray(data.public)) for column in data.train.texts]
     texts = list(dict.fromkeys([text for column in own for text in column if text] + list(lesson.text)))
@@ -156,7 +149,7 @@ def _all_public_text(lesson: Lesson, pupil: Pupil, seed: int, progress: Progress
     with progress.step("tokenise the public texts", len(folders) * count) as bar:
         read, *taught = (tokenize(columns, load_tokenizer(one), data.max_length, bar.advance) for one in folders)
     split = Split(read, np.full(count, -1), np.zeros((count, 16), dtype=np.uint8))
-    return Examples(split, np.arange(count), np.zeros((count, 0), np.float32), taught[0] if taught else None)
+    return _examples(lesson, split, np.arange(count), taught[0] if taught else None, progress)
 
 
 def _examples(

@@ -281,14 +281,6 @@ def test_the_whole_student_does_not_learn_from_those_inside_it(tiny_teacher):
         assert same == own, name
 
 
-@pytest.mark.parametrize("dropout", [True, False])
-def test_those_inside_drop_out_when_the_whole_student_does(tiny_teacher, dropout):
-    config, teacher, tiers = tiers_of(tiny_teacher)
-    student = tiers.student(2)
-    begin(student, tiers.part(2, tiers.initial()), replace(recipe_of(config, tiers, teacher, 2), dropout=dropout))
-    assert [one.training for one in (student.model, *(one.model for one in student.smaller))] == [dropout] * 3
-
-
 def test_without_tiers_there_is_the_whole_student_under_its_own_names(tiny_teacher):
     _, _, tiers = tiers_of(tiny_teacher, "")
     assert len(tiers) == 1
