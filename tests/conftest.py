@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from common.config import Config, from_flat
 from common.dataset import FederatedDataset, load_tokenizer, prepare_dataset
@@ -29,7 +29,7 @@ _TABLES = tempfile.TemporaryDirectory(prefix="fedistill-tests-")
 os.environ["HF_DATASETS_CACHE"] = _TABLES.name
 
 # a test states a fact, and on a busy machine it may be late
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 FP32 = Compute(torch.device("cpu"), bf16=False)
