@@ -186,7 +186,8 @@ def set_gradients_in(
                 raise
         # out here the error is gone, and with it what it held
         state.student.optimizer.zero_grad(set_to_none=True)
-        room.pieces = max(part.inputs["input_ids"].numel() for part in parts) // 2
+        # an example alone cannot be cut, however large it is
+        room.pieces = max(part.inputs["input_ids"].numel() for part in parts if len(part.soft) > 1) // 2
         if compute.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -14,7 +14,7 @@ from common.objective import Examples, batch_of
 from common.probe import Point, choose, find_room, made_up
 from common.tokens import Tokens
 from tests.common.test_micro_batches import EVERY, RECIPE, Scene
-from tests.conftest import FP32
+from tests.conftest import FP32, make_sentences, make_tokens
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def test_the_allocators_refusal_is_known_and_other_errors_are_not_taken_for_it()
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_out_of_memory(caught.value)
@@ -185,6 +187,21 @@ def test_a_single_example_that_does_not_fit_ends_it(scene, small_device):
     with pytest.raises(RuntimeError, match="allocate memory"):
         learn_in(scene, Room(256))
     assert seen[-1] == scene.lengths.max()
+
+
+def test_a_single_example_that_does_not_fit_ends_it_beside_shorter_ones_that_do(scene, small_device, tiny_teacher):
+    """Halving what the long one takes would leave the parts as they are, again and again."""
+    first, second, *rest = make_sentences(10)
+    data = Split(make_tokens(tiny_teacher, [first, second, " ".join(rest)]), np.zeros(3, int), np.zeros((3, 16), "u1"))
+    examples, places = Examples(data, np.arange(3), np.zeros((3, 2), np.float32)), np.arange(3)
+    lengths = data.tokens.lengths(places)
+    longest = int(lengths.max())
+    assert 2 * max(lengths[:2]) <= longest // 2
+    seen = small_device(longest - 1)
+    state = begin(scene.student, scene.weights, RECIPE)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        set_gradients_in(Room(longest), state, examples, places, lengths, recipe=RECIPE, compute=FP32)
+    assert len(seen) == 5  # the two together and the long one, then each by itself
 
 
 def test_a_budget_of_the_users_own_is_never_halved(scene, small_device):
