@@ -36,7 +36,7 @@ from common.tasks import Task
 from common.texts import Texts
 from common.tokens import Tokens, check_stride, tokenize
 
-FORMAT = 2
+FORMAT = 3
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spm.model",

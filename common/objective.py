@@ -22,6 +22,8 @@ from common.masking import Masking, guess
 from common.recipe import BY_PLACE, BY_WINDOW, DEEP, GENERAL, INSIDE, PARTS, Recipe
 from common.tokens import Tokens
 
+BEHIND = 2  # special pieces behind a text at most: of words of their own, RoBERTa's pairs have two between their texts
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -119,15 +121,26 @@ def _aligned(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
     """Where the same words begin in both, as far as both hold them, and at how many places that is.
 
-    A text cut short may end earlier in one.
+    Of a pair each text may end earlier in one, cut short: what stands behind it is then elsewhere in the other.
     """
-    pairs = [(a, b, min(len(a), len(b))) for a, b in zip(own.words(rows), taught.words(rows), strict=True)]
-    shape = len(rows), max(size for *_, size in pairs)
-    found = np.zeros((3, *shape), dtype=np.int64)
-    for row, (a, b, size) in enumerate(pairs):
-        found[0, row, :size], found[1, row, :size], found[2, row, :size] = a[:size], b[:size], 1
+    pairs = [_matched(a, b) for a, b in zip(own.words(rows), taught.words(rows), strict=True)]
+    found = np.zeros((3, len(rows), max(len(a) for a, _ in pairs)), dtype=np.int64)
+    for row, (a, b) in enumerate(pairs):
+        found[:, row, : len(a)] = a, b, np.ones_like(a)
     first, second, mask = torch.from_numpy(found).to(device)
-    return (first, second, mask), sum(size for *_, size in pairs)
+    return (first, second, mask), sum(len(a) for a, _ in pairs)
+
+
+def _matched(
+    own: Sequence[NDArray[np.int64]], taught: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the words begin that both hold of a row's texts, given where all of each text's do."""
+    sizes = [
+        len(a) if len(a) == len(b) else max(min(len(a), len(b)) - BEHIND, min(len(a), len(b), 1))
+        for a, b in zip(own, taught, strict=True)
+    ]
+    mine, theirs = (np.concatenate([part[:size] for part, size in zip(of, sizes, strict=True)]) for of in (own, taught))
+    return mine, theirs
 
 
 def shares_of(parts: Sequence[Batch]) -> list[dict[str, float]]:

@@ -29,7 +29,8 @@ class Tokens:
         ids: (total,) int32 word-piece numbers, windows one after the other, those of an example together.
         offsets: (w + 1,) int64 where each window starts.
         starts: (total,) bool where a word begins; special pieces are words of their own.
-        second: (w,) int32 position at which token type 1 starts (the length when there is none).
+        second: (w,) int32 position at which the second text starts, and token type 1 with it (the length when there is
+            none).
         pad: the padding piece's number.
         typed: whether the model takes ``token_type_ids``.
         first: (n + 1,) int64 the first window of each example; None: each has one.
@@ -106,10 +107,13 @@ class Tokens:
         spans = [self.ids[self.offsets[window] : self.offsets[window + 1]] for window in windows]
         return np.concatenate([np.zeros(0, dtype=np.int32), *spans])
 
-    def words(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """For each row, of one window, the positions at which its words begin."""
-        spans = [self.starts[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-        return [np.flatnonzero(span) for span in spans]
+    def words(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], ...]]:
+        """For each row, of one window, the positions at which words begin: of its first text and of its second."""
+        found = []
+        for row in rows:
+            places = np.flatnonzero(self.starts[self.offsets[row] : self.offsets[row + 1]])
+            found.append(tuple(np.split(places, [np.searchsorted(places, self.second[row])])))
+        return found
 
     def take(self, rows: NDArray[np.int64]) -> "Tokens":
         """These rows alone, in memory."""
@@ -178,8 +182,8 @@ def tokenize(
             ids.append(np.asarray(pieces, dtype=np.int32))
             starts.append(_starts(encoded.encodings[row].word_ids, encoded.encodings[row].sequence_ids))
             lengths.append(len(pieces))
-            types = encoded["token_type_ids"][row] if typed else []
-            second.append(types.index(1) if 1 in types else len(pieces))
+            texts_of = encoded["token_type_ids"][row] if typed else encoded.encodings[row].sequence_ids
+            second.append(texts_of.index(1) if 1 in texts_of else len(pieces))
         advance(len(columns[0]))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) if any(count > 1 for count in counts) else None

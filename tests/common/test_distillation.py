@@ -190,13 +190,48 @@ def cut(*examples):
 
 def test_words_are_aligned_at_their_first_pieces_as_far_as_both_hold_them():
     """[CLS] unaffordable rooms [SEP] in two ways; the second text is cut short in the student's pieces."""
-    own = cut([[1], [5, 6, 7], [8, 9], [2]], [[1], [5], [6, 7]])
-    taught = cut([[1], [50, 51], [52], [2]], [[1], [53, 54], [55], [56], [2]])
+    own = cut([[1], [5, 6, 7], [8, 9], [2]], [[1], [5], [6, 7], [8], [2]])
+    taught = cut([[1], [50, 51], [52], [2]], [[1], [53, 54], [55], [56], [57], [2]])
     (first, second, mask), positions = _aligned(own, taught, np.array([0, 1]), "cpu")
     assert first.tolist() == [[0, 1, 4, 6], [0, 1, 2, 0]]
     assert second.tolist() == [[0, 1, 3, 4], [0, 1, 3, 0]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert positions == 7
+
+
+def test_words_of_a_pair_are_aligned_text_by_text():
+    """The student reads the first of these texts less far, and all of the second one."""
+    own = replace(cut([[1], [5], [6, 7], [8], [2], [9], [10], [2]]), second=np.array([6]))
+    taught = replace(cut([[1], [50], [51], [52], [53], [54], [2], [55], [56], [2]]), second=np.array([7]))
+    (first, second, _), positions = _aligned(own, taught, np.array([0]), "cpu")
+    assert (first.tolist(), second.tolist(), positions) == ([[0, 1, 2, 6, 7, 8]], [[0, 1, 2, 7, 8, 9]], 6)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_pairs_that_are_cut_short_are_compared_at_the_same_words(family, tmp_path):
+    """With few pieces of its own the student reads each text less far than the teacher."""
+    folder = make_teacher(tmp_path / "teacher", family)
+    tokenizer = load_tokenizer(folder)
+    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest_pieces(tokenizer))
+    save_trimmed(folder, pieces, tmp_path)
+    texts, rows = make_sentences(60), np.arange(30)
+    own, taught = (make_tokens(one, texts[:30], texts[30:], max_length=40) for one in (tmp_path, folder))
+    (first, second, mask), positions = _aligned(own, taught, rows, "cpu")
+    assert positions == mask.sum() > 150
+    shorter = 0
+    for row in rows:
+        mine, theirs = (named(one, texts[row], texts[30 + row], 40) for one in (tmp_path, folder))
+        shorter += set(mine) < set(theirs)
+        for a, b in zip(first[row][mask[row] > 0].tolist(), second[row][mask[row] > 0].tolist(), strict=True):
+            assert mine[a] == theirs[b]
+    assert shorter > 5
+
+
+def named(folder, text, other, length):
+    """The word that each piece is of, as (text, number in it), and the names of special pieces."""
+    found = load_tokenizer(folder)(text, other, truncation=True, max_length=length).encodings[0]
+    rows = zip(found.sequence_ids, found.word_ids, found.tokens, strict=True)
+    return [token if word is None else (of, word) for of, word, token in rows]
 
 
 def test_states_are_compared_at_the_aligned_places():
@@ -247,8 +282,9 @@ def test_inner_losses_of_a_student_with_its_own_pieces_are_those_of_a_loop_over_
     with torch.no_grad():
         for row in spelt.rows:
             rows = np.array([row])
-            (a,), (b,) = own.words(rows), taught.words(rows)
-            a, b = (places[: min(len(a), len(b))] for places in (a, b))
+            ((a, _),), ((b, _),) = own.words(rows), taught.words(rows)
+            size = len(a) if len(a) == len(b) else min(len(a), len(b)) - 2
+            a, b = a[:size], b[:size]
             ours, mine = watched(spelt.student.model, own.batch(rows), 1)
             theirs, yours = watched(spelt.teacher, taught.batch(rows), 3)
             for s, t in recipe.hidden_pairs:
