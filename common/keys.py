@@ -109,7 +109,9 @@ class StudentKeys(Section):
     vocabulary: int = Field(0, ge=0, description="word pieces kept: the most frequent in public text; 0: all")
     embedding_rank: int = Field(0, ge=0, description="rank of the word embedding as a product of two matrices; 0: one")
     target_ratio: Fraction = Field(
-        0.0, description="trim the vocabulary until the student has this share of the teacher's parameters; 0: not"
+        0.0,
+        description="the student gets this share of the teacher's parameters: its vocabulary is trimmed, to this share "
+        "of the pieces at least, and where that is not enough, `heads` and `neurons` left at 0 are fewer; 0: not",
     )
     warm_epochs: int = Field(0, ge=0, le=1000, description="passes over the public split before round 1")
     warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")

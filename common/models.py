@@ -69,8 +69,8 @@ def choose_layers(selection: str, keep: int, have: int) -> tuple[int, ...]:
     """Which of the teacher's layers the student keeps, ascending.
 
     ``spaced`` spreads them evenly from the first to the last, and so does ``random``, whose weights are not kept;
-    ``distilbert`` takes 0, 2, 4, 7, 9, 11 of 12 (Sanh et al. 2019) and the like of other depths; ``bottom`` and ``top``
-    take neighbours. Otherwise the numbers themselves, comma between.
+    ``distilbert``, which takes 0, 2, 4, 7, 9, 11 of 12 (Sanh et al. 2019), does the same; ``bottom`` and ``top`` take
+    neighbours. Otherwise the numbers themselves, comma between.
 
     Raises:
         InputError: the teacher has no such layers, or their number is not ``keep``.

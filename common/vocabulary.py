@@ -33,23 +33,24 @@ def choose_pieces(tokenizer: Any, counts: NDArray[np.int64], keep: int) -> list[
     document = _document(tokenizer)
     model, vocabulary = document["model"], _numbers(document)
     needs = _parts(model)
-    kept, unused = set(_indispensable(tokenizer, model)), _unused(vocabulary)
-    if not len(kept) <= keep <= len(vocabulary):
+    kept, used = set(_indispensable(tokenizer, model)), _used(vocabulary)
+    if not len(kept) <= keep <= len(used):
         raise InputError(
-            f"student.vocabulary = {keep}: give {len(kept)} (special pieces and single characters) to {len(vocabulary)}"
+            f"student.vocabulary = {keep}: give {len(kept)} (special pieces and single characters) to {len(used)}"
         )
     for number in np.lexsort((np.arange(len(counts)), -counts)).tolist():
         added = _closure(number, needs) - kept
-        if number not in unused and len(kept) + len(added) <= keep:
+        if number in used and len(kept) + len(added) <= keep:
             kept |= added
         if len(kept) == keep:
             break
     return sorted(kept)
 
 
-def fewest_pieces(tokenizer: Any) -> int:
-    """How many pieces any student of this vocabulary has at least."""
-    return len(_indispensable(tokenizer, _document(tokenizer)["model"]))
+def piece_bounds(tokenizer: Any) -> tuple[int, int]:
+    """How many pieces any student of this vocabulary has at least, and at most."""
+    document = _document(tokenizer)
+    return len(_indispensable(tokenizer, document["model"])), len(_used(_numbers(document)))
 
 
 def save_trimmed(tokenizer_folder: Path, pieces: Sequence[int], folder: Path) -> None:
@@ -94,13 +95,14 @@ def _numbers(document: Mapping[str, Any]) -> dict[str, int]:
 
 def _indispensable(tokenizer: Any, model: Mapping[str, Any]) -> list[int]:
     vocabulary, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
-    single = [number for name, number in vocabulary.items() if len(name.removeprefix(prefix)) == 1]
+    suffix = model.get("end_of_word_suffix") or ""
+    single = [number for name, number in vocabulary.items() if len(name.removeprefix(prefix).removesuffix(suffix)) == 1]
     return sorted({*single, *tokenizer.all_special_ids})
 
 
-def _unused(vocabulary: Mapping[str, int]) -> set[int]:
-    """Places that BERT's vocabularies leave free."""
-    return {number for name, number in vocabulary.items() if name.startswith("[unused")}
+def _used(vocabulary: Mapping[str, int]) -> set[int]:
+    """All pieces but the places that BERT's vocabularies leave free. A model may have rows for more than these."""
+    return {number for name, number in vocabulary.items() if not name.startswith("[unused")}
 
 
 def _parts(model: Mapping[str, Any]) -> dict[int, tuple[int, int]]:

@@ -17,15 +17,16 @@ from common.dataset import FederatedDataset
 from common.device import Compute
 from common.errors import InputError
 from common.keys import AT_CLIENTS
-from common.models import choose_layers, pair_hidden_layers
+from common.models import choose_layers, count_parameters, pair_hidden_layers
 from common.nested import Tiers
 from common.progress import Progress
 from common.pupil import Pupil, load_exits
 from common.recipe import DEEP
 from common.slim import Shape, build
+from server.fitting import fit_width
 from server.lesson import Lesson, prepare_lesson
 from server.masked import MaskedTeacher, prepare_masked_teacher
-from server.origin import find_origin
+from server.origin import find_origin, open_origin
 from server.student import narrowed, prepare_student
 from server.teacher import Teacher, find_teacher
 
@@ -35,6 +36,7 @@ class Federation:
     """What a run starts from.
 
     Attributes:
+        config: the run's keys, with the heads and neurons that `student.target-ratio` has chosen.
         pupil: the student as it starts; the server scores and saves with its module.
         masked: the teacher of general rounds, where there are some.
         tiers: it and the smaller ones inside it.
@@ -126,15 +128,17 @@ def prepare(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         )
     with progress.step("find the models", None):  # a first time they come from the hub
         source = find_teacher(config.teacher.model)
-        origin = find_origin(config) or source
-    layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
+        have = (find_origin(config) or source).layers
+    layers = choose_layers(config.student.layer_selection, config.student.layers, have)
     for key in ("hidden-layers", "relation-layers"):
         pairs = getattr(config.distill, key.replace("-", "_"))
         pair_hidden_layers(pairs, len(layers), mentor_layers(config, source.layers), key)
     check_windows(config)
     masked = prepare_masked_teacher(source) if config.distill.general_rounds else None
     lesson = prepare_lesson(config, source, progress, corpus)
-    pupil = prepare_student(config, lesson, progress)
+    origin = open_origin(config, lesson, progress)
+    config = fit_width(config, origin.model, layers, count_parameters(lesson.model))
+    pupil = prepare_student(config, lesson, origin, progress)
     lesson.model.to("cpu")
     return Federation(config, lesson, pupil, masked)
 

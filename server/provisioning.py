@@ -23,8 +23,9 @@ from common.models import choose_layers, count_parameters
 from common.recipe import make_recipe
 from common.slim import Shape, build
 from common.tasks import GLUE
-from common.vocabulary import choose_pieces, fewest_pieces
-from server.student import check_width, fitting_pieces, narrowed
+from common.vocabulary import choose_pieces
+from server.fitting import fit_width, fitting_pieces
+from server.student import check_width, narrowed
 from server.teacher import TeacherSource
 
 QUARTERS = (4, 3, 2, 1)  # of the run's heads and neurons
@@ -141,8 +142,9 @@ def run_shape(
     elif keys.target_ratio:
         with torch.device("meta"):
             model = build(whole, Shape.whole(whole, tuple(range(source.layers))))
-        fewest = fewest_pieces(load_tokenizer(source.folder))
-        pieces = fitting_pieces(config, model, layers, fewest, teacher_parameters or count_parameters(model)) or pieces
+        teacher = teacher_parameters or count_parameters(model)
+        config = fit_width(config, model, layers, teacher)
+        pieces = fitting_pieces(config, model, layers, load_tokenizer(source.folder), teacher) or pieces
     shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
     check_width(config, shape, whole)
     make_recipe(config, 1, narrowed(config, shape), whole, regression=False)  # whether its losses can train it

@@ -25,12 +25,13 @@ from common.progress import Progress
 from common.pupil import EXITS, Pupil, open_pupil, save_pupil
 from common.recipe import relation_heads
 from common.seeding import generator, seed_for
-from common.slim import Numbers, Shape, build, cut_student, narrow
+from common.slim import Numbers, Shape, cut_student, narrow
 from common.store import build_folder, cache_folder
 from common.tokens import tokenize
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, save_trimmed
+from server.fitting import fitting_pieces
 from server.lesson import Lesson
-from server.origin import Origin, open_origin
+from server.origin import Origin
 from server.tiered import check_tiers
 from server.warm_start import warm_key, warm_up, warms
 
@@ -55,14 +56,13 @@ class Plan:
     final: bool
 
 
-def prepare_student(config: Config, lesson: Lesson, progress: Progress) -> Pupil:
-    """Cut the student from its teacher and warm it up, or open it where that was done before.
+def prepare_student(config: Config, lesson: Lesson, origin: Origin, progress: Progress) -> Pupil:
+    """Cut the student from its origin and warm it up, or open it where that was done before.
 
     Raises:
         InputError: a key asks for more than the teacher has.
     """
-    keys, origin = config.student, open_origin(config, lesson, progress)
-    model, teacher = origin.model, lesson.model.config
+    keys, model, teacher = config.student, origin.model, lesson.model.config
     if config.distill.cls_weight > 0 and family_of(lesson.model).reads_last:
         raise InputError(
             f"distill.cls-weight = {config.distill.cls_weight}: this teacher reads from left to right, so that a "
@@ -138,8 +138,7 @@ def check_width(config: Config, shape: Shape, whole: Any, name_of_whole: str = "
 
 def narrowed(config: Config, shape: Shape) -> Shape:
     """The shape with as many heads and neurons as the student will have, whichever these are."""
-    heads = tuple(kept[: config.student.heads or None] for kept in shape.heads)
-    return replace(shape, heads=heads, neurons=tuple(kept[: config.student.neurons or None] for kept in shape.neurons))
+    return shape.beginning(len(shape.layers), config.student.heads, config.student.neurons)
 
 
 def _best(importance: NDArray[np.float64], keep: int) -> Numbers:
@@ -153,7 +152,7 @@ def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, .
     model, tokenizer, keys = origin.model, load_tokenizer(origin.folder), config.student
     keep = keys.vocabulary
     if keys.target_ratio:
-        keep = fitting_pieces(config, model, layers, fewest_pieces(tokenizer), count_parameters(lesson.model))
+        keep = fitting_pieces(config, model, layers, tokenizer, count_parameters(lesson.model))
     if not keep:
         return []
     counts = np.bincount(origin.tokens.pieces(np.asarray(lesson.data.public)), minlength=model.config.vocab_size)
@@ -162,40 +161,6 @@ def _pieces(config: Config, lesson: Lesson, origin: Origin, layers: tuple[int, .
             more = tokenize((list(lesson.text),), tokenizer, lesson.data.max_length, step.advance)
         counts += np.bincount(more.ids, minlength=len(counts))
     return choose_pieces(tokenizer, counts, keep)
-
-
-def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], fewest: int, teacher: int) -> int:
-    """How many pieces bring the student to its share of the teacher's parameters; 0: all.
-
-    Args:
-        model: what the student is cut from; its weights are not read, so it may be on the meta device.
-        fewest: pieces that must be kept.
-        teacher: how many parameters the teacher has.
-
-    Raises:
-        InputError: fewer than these would be left, or all are too few.
-    """
-    keys, whole = config.student, model.config
-    base = narrowed(config, Shape.whole(whole, layers))
-    plan = type(whole).from_dict({**whole.to_dict(), "num_hidden_layers": len(layers)})
-    with torch.device("meta"):
-        width = keys.embedding_rank or int(model.get_input_embeddings().embedding_dim)
-        rest = count_parameters(build(plan, replace(base, rank=keys.embedding_rank))) - whole.vocab_size * width
-    target = keys.target_ratio * teacher
-    keep = min(int((target - rest) // width), whole.vocab_size)
-    if keep < fewest:
-        least = (rest + fewest * width) / teacher
-        raise InputError(
-            f"student.target-ratio = {keys.target_ratio}: this student has {least:.3f} of the teacher's parameters at "
-            "least; give fewer student.layers, heads or neurons, or a student.embedding-rank"
-        )
-    most = (rest + whole.vocab_size * width) / teacher
-    if keys.target_ratio > most + 0.001:
-        raise InputError(
-            f"student.target-ratio = {keys.target_ratio}: with all word pieces this student has {most:.3f} of the "
-            "teacher's parameters; give at most that, or more student.layers, heads or neurons"
-        )
-    return 0 if keep == whole.vocab_size else keep
 
 
 def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pupil:

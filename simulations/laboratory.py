@@ -108,9 +108,10 @@ class Laboratory:
         self, config: Config, progress: Progress, folder: Path | None = None, worker: type[Apprentice] | None = None
     ) -> None:
         _check_rounds(config)
-        self.config, self.progress, self.folder = config, progress, folder
+        self.progress, self.folder = progress, folder
         torch.set_num_threads(THREADS)  # which a teacher's bits depend on
         self.federation: Federation = prepare(config, progress)
+        self.config = config = self.federation.config
         if config.student.narrows:
             self._narrow()
         self.start = self.federation.weights()  # of its module, which answers for other weights later

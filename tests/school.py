@@ -6,6 +6,7 @@ from common.config import from_flat
 from common.inference import predict
 from common.progress import Silent
 from server.lesson import prepare_lesson
+from server.origin import open_origin
 from server.student import prepare_student
 from server.teacher import find_teacher
 from tests.conftest import FP32
@@ -29,7 +30,8 @@ class School:
         return from_flat({**self.flat, **flat})
 
     def student(self, lesson=None, **keys):
-        return prepare_student(self.config(**keys), lesson or self.lesson, Silent())
+        config, lesson = self.config(**keys), lesson or self.lesson
+        return prepare_student(config, lesson, open_origin(config, lesson, Silent()), Silent())
 
 
 def states(pupil):

@@ -9,7 +9,7 @@ import pytest
 from common import dataset
 from common.dataset import in_pieces_of, load_tokenizer, open_dataset
 from common.errors import InputError
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from tests.conftest import make_dataset, make_reviews, make_sentences, make_tokens
 
 
@@ -187,7 +187,7 @@ def test_a_row_keeps_its_text_through_the_cut(reviews, tiny_teacher, cache):
 def trimmed(tiny_teacher, tmp_path_factory):
     """A tokenizer that spells everything but single letters."""
     folder, tokenizer = tmp_path_factory.mktemp("trimmed"), load_tokenizer(tiny_teacher)
-    fewest = fewest_pieces(tokenizer)
+    fewest = piece_bounds(tokenizer)[0]
     save_trimmed(tiny_teacher, choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest), folder)
     return folder
 

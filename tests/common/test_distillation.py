@@ -14,7 +14,7 @@ from common.models import load_teacher
 from common.objective import _aligned, batch_of, compared, output_losses
 from common.slim import Shape, cut_student
 from common.tokens import Tokens
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from tests.bare import bare_loop
 from tests.conftest import BF16, FP32, make_sentences, make_student, make_teacher, make_tokens
 from tests.scene import RECIPE, Forbidden, Scene, bits, weighing
@@ -212,7 +212,7 @@ def test_pairs_that_are_cut_short_are_compared_at_the_same_words(family, tmp_pat
     """With few pieces of its own the student reads each text less far than the teacher."""
     folder = make_teacher(tmp_path / "teacher", family)
     tokenizer = load_tokenizer(folder)
-    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest_pieces(tokenizer))
+    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), piece_bounds(tokenizer)[0])
     save_trimmed(folder, pieces, tmp_path)
     texts, rows = make_sentences(60), np.arange(30)
     own, taught = (make_tokens(one, texts[:30], texts[30:], max_length=40) for one in (tmp_path, folder))
@@ -260,7 +260,7 @@ def sharp_teacher(tmp_path_factory):
 def spelt(sharp_teacher, tmp_path_factory):
     """A student that spells most words in letters, as its own pieces are few."""
     scene, tokenizer = Scene(sharp_teacher), load_tokenizer(sharp_teacher)
-    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest_pieces(tokenizer) + 20)
+    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), piece_bounds(tokenizer)[0] + 20)
     folder = tmp_path_factory.mktemp("trimmed")
     save_trimmed(sharp_teacher, pieces, folder)
     shape = replace(Shape.whole(scene.teacher.config, (0, 3)), pieces=len(pieces))

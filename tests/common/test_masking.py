@@ -19,7 +19,7 @@ from common.recipe import general_recipe, make_recipe
 from common.seeding import generator
 from common.slim import Shape, cut_student
 from common.tokens import Tokens, tokenize
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from tests.conftest import FP32, make_masked_teacher, make_sentences, make_teacher
 from tests.scene import RECIPE, Forbidden
 
@@ -36,7 +36,7 @@ class Scene:
         pieces, own = [], folder
         if trimmed is not None:
             tokenizer = load_tokenizer(folder)
-            pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), dtype=np.int64), fewest_pieces(tokenizer) + 9)
+            pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), dtype=np.int64), piece_bounds(tokenizer)[0] + 9)
             save_trimmed(folder, pieces, trimmed)
             own = trimmed
         shape = Shape.whole(classifier.config, (0, 3))

@@ -12,7 +12,7 @@ from common.hashing import hash_tensors
 from common.models import load_teacher
 from common.pupil import open_pupil, save_pupil
 from common.slim import Shape, cut_student
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from tests.conftest import make_dataset, make_reviews
 
 
@@ -48,7 +48,7 @@ def test_a_student_is_opened_as_it_was_saved(saved, data, cache):
 
 def test_a_student_with_pieces_of_its_own_reads_the_data_in_them(tiny_teacher, data, cache, tmp_path):
     teacher, tokenizer = load_teacher(tiny_teacher), load_tokenizer(tiny_teacher)
-    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), fewest_pieces(tokenizer))
+    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), np.int64), piece_bounds(tokenizer)[0])
     save_trimmed(tiny_teacher, pieces, tmp_path)
     shape = replace(Shape.whole(teacher.config, (0, 3)), pieces=len(pieces))
     save_pupil(cut_student(teacher, shape, pieces=pieces), shape, tmp_path, own_pieces=True)

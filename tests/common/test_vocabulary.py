@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.dataset import load_tokenizer
 from common.errors import InputError
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from tests.conftest import WORDS, make_sentences, make_tokenizer
 
 TEXTS = [*make_sentences(60, seed=3), "cat", "x", "zebra 42!", "unfilmable"]
@@ -48,7 +48,7 @@ def names(tokenizer):
 
 def test_as_many_pieces_are_kept_as_were_asked_for(folder, whole):
     counts = counts_of(whole, TEXTS)
-    for keep in (fewest_pieces(whole), fewest_pieces(whole) + 9, len(whole) - 1, len(whole)):
+    for keep in (piece_bounds(whole)[0], piece_bounds(whole)[0] + 9, len(whole) - 1, len(whole)):
         pieces = choose_pieces(whole, counts, keep)
         assert len(pieces) == keep
         assert pieces == sorted(set(pieces))
@@ -56,7 +56,7 @@ def test_as_many_pieces_are_kept_as_were_asked_for(folder, whole):
 
 
 def test_special_pieces_and_single_characters_are_kept_though_no_text_has_them(whole):
-    kept = set(choose_pieces(whole, np.zeros(len(whole), np.int64), fewest_pieces(whole)))
+    kept = set(choose_pieces(whole, np.zeros(len(whole), np.int64), piece_bounds(whole)[0]))
     assert set(whole.all_special_ids) <= kept
     single = {number for name, number in whole.get_vocab().items() if len(name.removeprefix("##")) == 1}
     assert len(single) > 50
@@ -66,7 +66,7 @@ def test_special_pieces_and_single_characters_are_kept_though_no_text_has_them(w
 def test_the_most_frequent_pieces_are_kept_first_and_among_equals_the_lower_number(tmp_path):
     make_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    vocabulary, fewest = tokenizer.get_vocab(), fewest_pieces(tokenizer)
+    vocabulary, fewest = tokenizer.get_vocab(), piece_bounds(tokenizer)[0]
     counts = np.zeros(len(tokenizer), np.int64)
     for word, count in (("yes", 5), ("hate", 9), ("film", 5), ("warm", 1)):
         counts[vocabulary[word]] = count
@@ -87,7 +87,7 @@ def test_special_pieces_that_were_added_to_a_models_vocabulary_are_kept_too(tmp_
     plain = len(whole)
     whole.add_special_tokens({"additional_special_tokens": ["<mark>"]})
     whole.save_pretrained(tmp_path / "whole")
-    pieces, trimmed = trim(tmp_path / "whole", whole, fewest_pieces(whole) + 9, TEXTS, tmp_path / "trimmed")
+    pieces, trimmed = trim(tmp_path / "whole", whole, piece_bounds(whole)[0] + 9, TEXTS, tmp_path / "trimmed")
     assert plain in pieces
     assert [names(trimmed)[new] for new in range(len(pieces))] == [names(whole)[old] for old in pieces]
     assert len(trimmed) == len(pieces)
@@ -106,8 +106,8 @@ def test_places_that_berts_vocabularies_leave_free_are_never_kept(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     counts = np.zeros(len(tokenizer), np.int64)
     counts[[vocabulary[name] for name in free]] = 100
-    pieces = choose_pieces(tokenizer, counts, fewest_pieces(tokenizer) + 3)
-    assert len(pieces) == fewest_pieces(tokenizer) + 3
+    pieces = choose_pieces(tokenizer, counts, piece_bounds(tokenizer)[0] + 3)
+    assert len(pieces) == piece_bounds(tokenizer)[0] + 3
     assert not set(pieces) & {vocabulary[name] for name in free}
 
 
@@ -117,7 +117,7 @@ def test_a_merged_piece_is_kept_with_all_that_it_is_merged_from(tmp_path, family
     tokenizer = load_tokenizer(tmp_path)
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
     vocabulary = tokenizer.get_vocab()
-    for keep in range(fewest_pieces(tokenizer), len(tokenizer), 7):
+    for keep in range(piece_bounds(tokenizer)[0], len(tokenizer), 7):
         kept = set(choose_pieces(tokenizer, counts_of(tokenizer, TEXTS), keep))
         assert len(kept) == keep
         ways = {}
@@ -130,7 +130,7 @@ def test_a_merged_piece_is_kept_with_all_that_it_is_merged_from(tmp_path, family
 def test_too_few_or_too_many_pieces_are_refused_by_the_key(tmp_path, family):
     make_tokenizer(tmp_path, family)
     tokenizer = load_tokenizer(tmp_path)
-    counts, fewest, most = np.zeros(len(tokenizer), np.int64), fewest_pieces(tokenizer), len(tokenizer)
+    counts, fewest, most = np.zeros(len(tokenizer), np.int64), piece_bounds(tokenizer)[0], len(tokenizer)
     for keep in (1, fewest - 1, most + 1):
         message = rf"^student.vocabulary = {keep}: give {fewest} \(.*single characters\) to {most}$"
         with pytest.raises(InputError, match=message):
@@ -150,7 +150,7 @@ def test_another_kind_of_tokenizer_is_refused_by_name():
 def trimmed(request, folder, whole, tmp_path_factory):
     """Old numbers of the pieces kept, and the tokenizer that knows them."""
     into = tmp_path_factory.mktemp("trimmed")
-    return trim(folder, whole, fewest_pieces(whole) + request.param, TEXTS, into)
+    return trim(folder, whole, piece_bounds(whole)[0] + request.param, TEXTS, into)
 
 
 def test_pieces_keep_their_names_and_stand_in_their_order(whole, trimmed):
@@ -198,7 +198,7 @@ def test_byte_level_pieces_lose_no_letter_of_any_script(folder, whole, trimmed):
 
 
 def test_texts_whose_pieces_are_all_kept_are_cut_as_before(folder, whole, tmp_path):
-    pieces, tokenizer = trim(folder, whole, fewest_pieces(whole) + 25, TEXTS, tmp_path)
+    pieces, tokenizer = trim(folder, whole, piece_bounds(whole)[0] + 25, TEXTS, tmp_path)
     number = {piece: place for place, piece in enumerate(pieces)}
     kept = [text for text in TEXTS if all(piece in number for piece in whole(text)["input_ids"])]
     changed = [text for text in TEXTS if text not in kept]
@@ -219,7 +219,7 @@ def test_a_trimmed_tokenizer_neither_pads_nor_truncates_of_itself(folder, whole,
     used = load_tokenizer(folder)
     used(["good", "bad bad"], padding="max_length", truncation=True, max_length=5)  # leaves both switched on inside
     used.save_pretrained(tmp_path / "used")
-    _, tokenizer = trim(tmp_path / "used", whole, fewest_pieces(whole), TEXTS, tmp_path / "trimmed")
+    _, tokenizer = trim(tmp_path / "used", whole, piece_bounds(whole)[0], TEXTS, tmp_path / "trimmed")
     lengths = [len(ids) for ids in tokenizer(["x", "zebra zebra zebra"])["input_ids"]]
     assert lengths[0] < 5 < lengths[1]
 

@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.models import count_parameters, load_teacher
 from common.progress import Silent
 from common.pupil import load_exits
-from common.vocabulary import choose_pieces, fewest_pieces, save_trimmed
+from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from server.student import narrow_student, random_width
 from tests.conftest import make_reviews, make_teacher
 from tests.school import School
@@ -80,7 +80,7 @@ def test_a_tokenizer_of_its_own_cuts_the_text_and_words_are_compared(school, tmp
     """Of the same kind with fewer pieces: as if the vocabulary had been trimmed."""
     folder = make_teacher(tmp_path / "other", labels=0)
     tokenizer = load_tokenizer(folder)
-    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), dtype=np.int64), fewest_pieces(tokenizer) + 5)
+    pieces = choose_pieces(tokenizer, np.zeros(len(tokenizer), dtype=np.int64), piece_bounds(tokenizer)[0] + 5)
     save_trimmed(make_teacher(tmp_path / "same", labels=0), pieces, folder)
     pupil = student(school, folder, distill__hidden_weight=1.0, student__warm_epochs=1)
     assert pupil.taught is school.lesson.data.train.tokens

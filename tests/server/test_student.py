@@ -15,7 +15,7 @@ from common.hashing import hash_tensors
 from common.models import count_parameters
 from common.progress import Silent
 from common.slim import FactoredEmbedding, Shape, cut_student
-from common.vocabulary import fewest_pieces
+from common.vocabulary import piece_bounds
 from server import student as module
 from server.lesson import prepare_lesson
 from server.student import check_width, choose_width, narrow_student, narrowed, random_width
@@ -134,7 +134,7 @@ def test_private_text_has_no_say_in_the_vocabulary(school):
 
 def test_public_text_has_a_say_in_the_vocabulary(school):
     tokenizer = load_tokenizer(school.lesson.teacher.folder)
-    fewest = fewest_pieces(tokenizer)
+    fewest = piece_bounds(tokenizer)[0]
     plain = school.student(student__vocabulary=fewest + 1)
     kept = set(load_tokenizer(plain.folder).get_vocab())
     other = next(piece for piece in tokenizer.get_vocab() if piece.isalpha() and len(piece) > 2 and piece not in kept)

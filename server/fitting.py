@@ -1,0 +1,102 @@
+"""The student of a given size: what `student.target-ratio` chooses of its shape.
+
+Half of a small model is its word embedding, and the student is to be small in the same proportions: it keeps at least
+the teacher's number of word pieces times the ratio. Where its layers leave less room than that, they keep fewer heads
+and neurons, the same share of both, as far as the keys leave these open. The vocabulary takes what is then left.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from common.config import Config, changed
+from common.errors import InputError
+from common.families import head_count, neuron_count
+from common.models import count_parameters
+from common.slim import Shape, build
+from common.vocabulary import piece_bounds
+
+
+def fit_width(config: Config, model: Any, layers: tuple[int, ...], teacher: int) -> Config:
+    """The keys with `student.heads` and `student.neurons` where these have to be fewer than all for the ratio.
+
+    Args:
+        model: what the student is cut from; its weights are not read, so it may be on the meta device.
+        teacher: how many parameters the teacher has.
+
+    Raises:
+        InputError: fewer heads and neurons do not go with the other keys.
+    """
+    keys, most = config.student, head_count(model.config)
+    if not keys.target_ratio or (keys.heads and keys.neurons):
+        return config
+    fitting, vocabulary = config, model.config.vocab_size
+    for heads in range(most - 1, 0, -1):
+        if _room(fitting, model, layers, teacher) >= keys.target_ratio * vocabulary:
+            break
+        neurons = max(neuron_count(model.config) * heads // most, 1)
+        width = {"heads": keys.heads or heads, "neurons": keys.neurons or neurons}
+        narrower = config.model_copy(update={"student": keys.model_copy(update=width)})
+        if _room(narrower, model, layers, teacher) > vocabulary:
+            break  # with all pieces it would be too small
+        fitting = narrower
+    if fitting is config:
+        return config
+    try:
+        return changed(config, {f"student.{name}": getattr(fitting.student, name) for name in ("heads", "neurons")})
+    except InputError as error:
+        raise InputError(
+            f"student.target-ratio = {keys.target_ratio}: for that heads and neurons have to go; {error}"
+        ) from None
+
+
+def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], tokenizer: Any, teacher: int) -> int:
+    """How many word pieces bring the student to its share of the teacher's parameters; 0: all.
+
+    Args:
+        model, teacher: as in `fit_width`, which comes before.
+        tokenizer: its.
+
+    Raises:
+        InputError: fewer than must be kept would be left, or all are too few.
+    """
+    keys, vocabulary = config.student, int(model.config.vocab_size)
+    fewest, most = piece_bounds(tokenizer)
+    room = _room(config, model, layers, teacher)
+    width = _width(config, model)
+
+    def ratio(pieces: int) -> float:
+        return keys.target_ratio - (room - pieces) * width / teacher
+
+    if room < fewest:
+        raise InputError(
+            f"student.target-ratio = {keys.target_ratio}: this student has {ratio(fewest):.3f} of the teacher's "
+            "parameters at least; give fewer student.layers, heads or neurons"
+            + ("" if keys.embedding_rank else ", or a student.embedding-rank")
+        )
+    if keys.target_ratio > ratio(vocabulary) + 0.001:
+        raise InputError(
+            f"student.target-ratio = {keys.target_ratio}: with all word pieces this student has "
+            f"{ratio(vocabulary):.3f} of the teacher's parameters; give at most that, or more student.layers, heads or "
+            "neurons"
+        )
+    return 0 if room >= vocabulary else min(int(room), most)
+
+
+def _room(config: Config, model: Any, layers: tuple[int, ...], teacher: int) -> float:
+    """For how many word pieces the rest of the student leaves room."""
+    keys, whole = config.student, model.config
+    shape = replace(Shape.whole(whole, layers), rank=keys.embedding_rank).beginning(
+        len(layers), keys.heads, keys.neurons
+    )
+    plan = type(whole).from_dict({**whole.to_dict(), "num_hidden_layers": len(layers)})
+    width = _width(config, model)
+    with torch.device("meta"):
+        rest = count_parameters(build(plan, shape)) - whole.vocab_size * width
+    return (keys.target_ratio * teacher - rest) / width
+
+
+def _width(config: Config, model: Any) -> int:
+    """Parameters of a row of the word embedding."""
+    return config.student.embedding_rank or int(model.get_input_embeddings().embedding_dim)
