@@ -15,7 +15,7 @@ from server.client_privacy import ClientPrivacy
 from server.clipped import clipped_intake
 from server.intake import Intake, intake_for
 from server.preparation import Federation
-from server.rules import SERVER_RULES, MeanUpdate, fedavg, learning_rate
+from server.rules import SERVER_RULES, MeanUpdate, fedavg, learning_rate, of_the_held
 from server.tiered import TieredSum
 
 Weights = dict[str, NDArray[np.float32]]
@@ -63,4 +63,5 @@ class Averaging:
         keys = self.config.server
         rule = SERVER_RULES.get(keys.strategy, fedavg)
         now = keys.model_copy(update={"lr": learning_rate(keys, number, self.config.rounds)})
-        return rule(weights, update, memory, now)
+        held = intake.held if isinstance(intake, TieredSum) else {}
+        return of_the_held(rule, weights, update, memory, now, held=held)

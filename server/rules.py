@@ -19,6 +19,9 @@ FedProx (Li et al. 2020, https://arxiv.org/abs/1812.06127) differs from FedAvg o
 
 All arithmetic is float64, element by element: the same bits on every machine that follows IEEE 754. The
 weights are rounded to float32 once, at the end.
+
+In a mixed federation w, m and v stay as they are in every entry that nobody of the round's cohort holds: it has no
+update, which is not one of 0, after which momentum would go on (`of_the_held`).
 """
 
 from collections.abc import Callable, Mapping
@@ -31,6 +34,7 @@ from common.keys import ServerKeys
 Arrays = dict[str, NDArray[np.float64]]
 Weights = Mapping[str, NDArray[np.float32]]
 MeanUpdate = Mapping[str, NDArray[np.float64]]
+Held = Mapping[str, NDArray[np.bool_]]
 Rule = Callable[[Weights, MeanUpdate, Arrays, ServerKeys], dict[str, NDArray[np.float32]]]
 _SecondMoment = Callable[[NDArray[np.float64], NDArray[np.float64], ServerKeys], NDArray[np.float64]]
 
@@ -103,6 +107,24 @@ SERVER_RULES: dict[str, Rule] = {
     "fedyogi": fedyogi,
     "fedadagrad": fedadagrad,
 }
+
+
+def of_the_held(
+    rule: Rule, weights: Weights, mean_update: MeanUpdate, state: Arrays, keys: ServerKeys, *, held: Held
+) -> dict[str, NDArray[np.float32]]:
+    """A rule's step and memory in the entries that some client held; the others keep both as they were.
+
+    Args:
+        held: of arrays, by name, the entries that were held; of an array that it does not name all were.
+    """
+    before = dict(state)
+    found = rule(weights, mean_update, state, keys)
+    for name, there in held.items():
+        for kind, start in (("first", 0.0), ("second", keys.tau**2)):
+            if (kept := f"{kind}/{name}") in state:  # a rule without a memory moves nothing by an update of 0
+                state[kept] = np.where(there, state[kept], before.get(kept, start))
+                found[name] = np.where(there, found[name], weights[name])
+    return found
 
 
 def _adam_second_moment(

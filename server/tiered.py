@@ -26,7 +26,7 @@ class TieredSum:
 
     Every entry of the shared arrays gets its own mean, over the examples of those clients that hold it (Diao et al.
     2021, HeteroFL, equation 1, with examples as weights). Integers until the one division at the end: the same bits
-    for any order and grouping. What nobody held does not move.
+    for any order and grouping. What nobody held does not move: its update is 0, and `held` tells a rule with momentum.
 
     Args:
         tier_of: (clients,) the tier of each client.
@@ -70,7 +70,19 @@ class TieredSum:
             raise ValueError("no client is in the sum")
         return {name: self._mean(name, shape) for name, shape in self.tiers.shapes.items()}
 
+    @property
+    def held(self) -> dict[str, NDArray[np.bool_]]:
+        """Of each shared array the entries that some client of the sum holds."""
+        return {name: self._sums(name, shape)[1] > 0 for name, shape in self.tiers.shapes.items()}
+
     def _mean(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        total, weight = self._sums(name, shape)
+        found = np.zeros(shape, dtype=np.float64)
+        np.divide(total, weight.astype(np.float64) * SCALE, out=found, where=weight > 0)
+        return found
+
+    def _sums(self, name: str, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each entry the sum of the updates, and of the examples of those who hold it."""
         total, weight = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for tier, part in zip(self.tiers.tiers, self.totals, strict=True):
             if name in tier.held:
@@ -78,9 +90,7 @@ class TieredSum:
                 place = beginning(total, held, fused)
                 place += part.totals[name].reshape(place.shape)
                 beginning(weight, held, fused)[...] += part.weight
-        found = np.zeros(shape, dtype=np.float64)
-        np.divide(total, weight.astype(np.float64) * SCALE, out=found, where=weight > 0)
-        return found
+        return total, weight
 
 
 def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDataset) -> None:

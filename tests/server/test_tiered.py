@@ -15,9 +15,11 @@ from common.errors import InputError
 from common.fixed_point import SCALE, ExactSum
 from common.models import load_teacher
 from common.nested import Tiers
+from common.progress import Silent
 from common.slim import Shape, cut_student
 from common.wire import ClientLine, pack_reply
 from server.aggregation import Rejected
+from server.method import Averaging
 from server.tiered import TieredSum, check_tiers
 
 SIZES = "1/1/8@0.4,2/1/16@0.3"
@@ -82,6 +84,34 @@ def test_what_nobody_held_does_not_move(tiers):
     assert not update["classifier.weight"].any()
     assert not update["exits.2.classifier.weight"].any()
     assert (update["exits.1.classifier.weight"] == 3.0).all()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "path", "moments"),
+    [
+        ("fedavg", [0.0, 7.0], {}),
+        ("fedavgm", [0.0, 7.0], {"first": [0.0, 7.0]}),
+        ("fedadagrad", [0.0, 7.0 / (50**0.5 + 1)], {"second": [1.0, 50.0]}),
+        ("fedadam", [0.0, 3.5 / 6], {"first": [0.0, 3.5], "second": [1.0, 25.0]}),
+        ("fedyogi", [0.0, 3.5 / (25.5**0.5 + 1)], {"first": [0.0, 3.5], "second": [1.0, 25.5]}),
+    ],
+)
+def test_where_nobody_held_an_entry_neither_it_nor_the_rules_memory_moves(tiers, strategy, path, moments):
+    """By hand, with lr = tau = 1 and both averages by halves: in round 2 alone a client holds all, and moves by 7."""
+    keys = {"lr": 1.0, "tau": 1.0, "momentum": 0.5, "second-momentum": 0.5, "strategy": strategy}
+    config = from_flat({"rounds": 4, **{f"server.{name}": value for name, value in keys.items()}})
+    method = Averaging(SimpleNamespace(config=config), Silent(), lambda: None, lambda line: None)
+    weights, memory = {name: np.zeros(shape, dtype=np.float32) for name, shape in tiers.shapes.items()}, {}
+    for number, values in enumerate(({0: 1.0}, {0: 7.0, 1: 7.0}, {0: 7.0}, {3: -1.0}), start=1):
+        found = intake(tiers, values)
+        weights = method.step(number, weights, found.update(), found, memory)
+        moved = int(number >= 2)
+        for name, part in (("classifier.weight", np.s_[:]), (DOWN, np.s_[:, 8:])):
+            assert weights[name][part] == pytest.approx(np.full_like(weights[name][part], path[moved]), rel=1e-7)
+            assert all((memory[f"{kind}/{name}"][part] == known[moved]).all() for kind, known in moments.items())
+    assert set(memory) == {f"{kind}/{name}" for kind in moments for name in tiers.shapes}
+    if strategy == "fedadam":  # the smallest student is in every round: m = 0.5, 3.75, 5.375
+        assert (memory[f"first/{DOWN}"][:, :8] == (5.375 - 1.0) / 2).all()
 
 
 def test_the_bits_do_not_depend_on_who_came_with_whom(tiers):
