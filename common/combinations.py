@@ -231,6 +231,11 @@ def _votes_are_no_updates(config: Keys) -> None:
     for told, (found, right) in wrong.items():
         if found:
             raise ValueError(f"{told}: with server.strategy = {keys.strategy!r} no update travels; give {right}")
+    if config.student.is_weighed:
+        raise ValueError(
+            f"student.width-selection = 'importance': with server.strategy = {keys.strategy!r} nothing but outputs on "
+            "public text travels, and this is measured on private text; give 'random'"
+        )
     if keys.strategy == "ds-fl" and config.task == "stsb":
         raise ValueError("server.strategy = 'ds-fl': it averages probabilities, and stsb has none; give 'fedmd'")
 

@@ -78,7 +78,7 @@ def consensus_of(seed=0):
 
 
 def test_students_of_different_shapes_vote_together(federation_of, run):
-    federation = federation_of("fedmd", **{"student.tiers": "1/1/16@0.5"})
+    federation = federation_of("fedmd", **{"student.tiers": "1/1/16@0.5", "student.width-selection": "random"})
     everyone, tier_of = (0, 1, 2), federation.tier_of
     assert set(tier_of.tolist()) == {0, 1}
     worker = worker_of(ConsensusWorker, federation)

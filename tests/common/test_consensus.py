@@ -81,6 +81,15 @@ def test_keys_of_updates_are_refused_where_none_travel(strategy, keys, told):
     assert str(refusal.value).startswith(told + repr(strategy))
 
 
+@pytest.mark.parametrize("strategy", ["fedmd", "ds-fl"])
+@pytest.mark.parametrize("narrowed", [{"student.heads": 4}, {"student.neurons": 64}, {"student.tiers": "1/0/16@0.5"}])
+def test_how_much_heads_matter_on_private_text_is_not_told_where_only_votes_travel(strategy, narrowed):
+    with pytest.raises(InputError, match=rf"^student\.width-selection = 'importance': .*'{strategy}'.*give 'random'$"):
+        from_flat({"server.strategy": strategy, **narrowed})
+    from_flat({"server.strategy": strategy, **narrowed, "student.width-selection": "random"})
+    from_flat({"server.strategy": strategy, "student.tiers": "1/0/0@0.5"})
+
+
 def test_scores_have_no_probabilities_to_average():
     from_flat({"task": "stsb", "server.strategy": "fedmd"})
     with pytest.raises(InputError, match=r"ds-fl.*stsb has none"):
