@@ -15,6 +15,7 @@ from common.config import read_settings
 from common.errors import InputError
 from common.progress import Progress
 from common.store import write_atomically
+from common.tasks import GLUE
 from server.run_folder import finite
 from simulations.latency import run_latency
 from simulations.outcome import Numbers, Spread, averaged, shares, spread, spreads
@@ -32,6 +33,7 @@ DISTILBERT = {
     "cola": 51.3, "mnli": 82.2, "mrpc": 87.5, "qnli": 89.2, "qqp": 88.5, "rte": 59.9, "sst2": 91.3, "stsb": 86.9,
     "wnli": 56.3,
 }  # fmt: skip
+METRICS = {"accuracy": "acc", "f1": "F1", "matthews": "MCC", "pearson": "r"}  # in the width of a figure
 SIZES = (("params.teacher", "teacher M params"), ("params.student", "student M params"))
 COSTS = (
     ("mb.teacher", "teacher, MB"), ("mb.student", "student, MB"), ("mb.slim", "  slim form, MB"),
@@ -39,6 +41,7 @@ COSTS = (
 )  # fmt: skip
 NOTES = (
     "Scores in hundredths: mean, ± deviation over seeds; %: quotients of means.",
+    "metric of our scores: accuracy, F1, Matthews correlation, Pearson's r.",
     "teacher: fine-tuned on public text alone; ceiling: its encoder, on all of train.",
     "2019: Sanh et al., trained centrally; mean: of these tasks (of all nine it",
     "says 79.5 and 77.0; 66 M of 110 M params, 1.63 x faster).",
@@ -93,7 +96,8 @@ def glue_sheet(runs: Mapping[str, Mapping[int, Numbers]], measured: Mapping[str,
     def part(name: str, label: str) -> Row:
         return line(label, (each[name] for each in kept))
 
-    ours = [*score("validation.teacher", "teacher"), *score("validation.student", "student")]
+    ours: list[Row] = [("metric", "", *(METRICS[GLUE[task].headline] for task in runs))]
+    ours += [*score("validation.teacher", "teacher"), *score("validation.student", "student")]
     ours.append(part("validation.kept", "  % of teacher"))
     ours += [*score("ceiling", "ceiling"), part("ceiling.kept", "  student, % of it")]
     size = [

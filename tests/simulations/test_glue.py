@@ -36,13 +36,19 @@ def test_systems_are_rows_and_tasks_columns_with_their_mean_first():
     assert sheet.head == ("", "mean", "cola", "sst2")
     assert found["teacher 0"] == ("72.5", "50.0", "95.0")
     assert found["student 0"] == ("65.0", "45.0", "85.0")
-    assert sheet.sections[0][3] == ("  ±", "7.1", "7.1", "7.1")  # 0.6 and 0.7
+    assert sheet.sections[0][4] == ("  ±", "7.1", "7.1", "7.1")  # 0.6 and 0.7
     assert found["% of teacher 0"] == ("89.7", "90.0", "89.5")  # 65 of 72.5
     assert found["student, % of it 0"] == ("72.2", "56.2", "85.0")  # of 90, 80, 100
     assert found["student M params 2"] == ("9.1", "9.1", "9.1")
     assert found["% of teacher 2"] == ("40.0", "40.0", "40.0")
     assert found["teacher, ms 3"] == ("6.0", "4.0", "8.0")
     assert found["x faster 3"] == ("1.50", "2.00", "1.33")  # 6 to 4, not the mean of quotients
+
+
+def test_each_column_says_its_metric():
+    found = rows(glue_sheet({task: {} for task in ("cola", "mrpc", "sst2", "stsb")}, {}))
+    assert found["metric 0"] == ("", "MCC", "F1", "acc", "r")
+    assert set(rows(glue_sheet({task: {} for task in GLUE}, {}))["metric 0"]) == {"", "MCC", "F1", "acc", "r"}
 
 
 def test_a_task_without_a_completed_run_leaves_no_mean():
