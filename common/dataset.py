@@ -301,10 +301,10 @@ def _validation(config: Config, corpus: Corpus, public: Index) -> tuple[Index, d
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a model folder.
+    """The fast tokenizer of a model folder; one without a padding piece pads with the piece that ends a text.
 
     Raises:
-        InputError: the folder has none that loads, or it has no padding piece.
+        InputError: the folder has none that loads, or it has neither piece.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")):
         raise InputError(f"{folder}: no tokenizer in it (tokenizer.json or a vocabulary); save it beside the model")
@@ -314,8 +314,10 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # missing files surface as many different kinds
         raise InputError(f"{folder}: no tokenizer loads from it ({type(error).__name__})") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # see `common.families.pad_with_end`
     if tokenizer.pad_token_id is None:
-        raise InputError(f"{folder}: its tokenizer has no padding piece; set pad_token (e.g. to eos_token) and save it")
+        raise InputError(f"{folder}: its tokenizer has neither pad_token nor eos_token; set pad_token and save it")
     return tokenizer
 
 

@@ -95,6 +95,16 @@ def check_family(config: Any, where: str) -> None:
         )
 
 
+def pad_with_end(config: Any) -> None:
+    """Let a model that reads a text's last piece, and knows no padding, be padded with the piece that ends a text.
+
+    GPT-2 is published so. Such a text's last piece is the last other one, padded or not, and sees nothing behind it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is not None and family.reads_last and config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
+
+
 def layers_of(model: Any) -> nn.ModuleList:
     found = model.get_submodule(family_of(model).layers)
     assert isinstance(found, nn.ModuleList)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from common.errors import InputError
-from common.families import is_embedding
+from common.families import is_embedding, pad_with_end
 
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
@@ -59,6 +59,7 @@ def load_frozen(kind: str, folder: Path, *, key: str = "teacher.model", **overri
         )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise InputError(f"{key}: {folder} does not load ({type(error).__name__})") from None
+    pad_with_end(model.config)
     return model.requires_grad_(False).eval(), sorted(found["missing_keys"])
 
 

@@ -20,7 +20,7 @@ from common.corpus import labelled
 from common.dataset import FederatedDataset, load_tokenizer, tokenizer_hash
 from common.device import choose_compute
 from common.errors import InputError
-from common.families import FAMILIES, check_family
+from common.families import FAMILIES, check_family, pad_with_end
 from common.hashing import hash_file, hash_files, hash_json, hash_tensors, runtime_fingerprint
 from common.hub import fetch_folder
 from common.losses import hard_labels, hard_multi_label, pooled, score_error
@@ -108,14 +108,14 @@ def find_teacher(model: str, key: str = "teacher.model") -> TeacherSource:
 
 def _check_padding(folder: Path, config: Any, where: str) -> None:
     """Raise `InputError` when the model would not find the end of a text that the tokenizer's piece fills up."""
+    named = config.pad_token_id
+    pad_with_end(config)
     try:
         piece = load_tokenizer(folder).pad_token_id
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     if config.pad_token_id != piece:
-        raise InputError(
-            f"{where}: config.json has pad_token_id = {config.pad_token_id}, its tokenizer {piece}; give both the same"
-        )
+        raise InputError(f"{where}: config.json has pad_token_id = {named}, its tokenizer {piece}; give both the same")
 
 
 def check_length(source: TeacherSource, max_length: int, who: str = "the teacher") -> None:
