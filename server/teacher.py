@@ -80,7 +80,7 @@ def find_teacher(model: str, key: str = "teacher.model") -> TeacherSource:
         InputError: no such folder, no safetensors in it, a family that cannot be cut, or the hub is needed
             and out of reach.
     """
-    folder = _locate(model, key)
+    folder = locate_model(model, key)
     where = f"{key} = {model!r}"
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: no config.json in {folder}; give a folder saved by save_pretrained")
@@ -273,7 +273,12 @@ def head_of(task: Task) -> Mapping[str, Any]:
     }
 
 
-def _locate(model: str, key: str) -> Path:
+def locate_model(model: str, key: str = "teacher.model") -> Path:
+    """The folder of what a key names: the packaged MiniLM's, one of this machine, or what the hub has under that name.
+
+    Raises:
+        InputError: there is none.
+    """
     if model == "minilm":
         spec = find_spec(MINILM_PACKAGE)
         if spec is not None and spec.origin is not None:

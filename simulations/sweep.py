@@ -15,10 +15,11 @@ from common.errors import InputError, Interrupted, RunFailed
 from common.progress import Progress
 from common.store import make_folder, write_atomically
 from server.run_folder import check_resumed, finite
+from server.teacher import locate_model
 from simulations.child import as_settings, run_child
 from simulations.display import console_on, progress_for
 from simulations.outcome import Numbers, Spread, averaged, numbers, of_tier, read_json, shares, spreads
-from simulations.sweep_file import Planned, Sweep
+from simulations.sweep_file import SKIP, Planned, Sweep
 from simulations.table import Row, Sheet, markdown, percent, points, show
 
 WAITING = "waiting"
@@ -55,13 +56,14 @@ def sweep(
     """Run what is not there yet, show the table and ``more`` of them, leave sweep.json and sweep.md.
 
     Raises:
-        InputError: the folder is taken, or holds runs of other keys; nothing was started.
+        InputError: the folder is taken, or holds runs of other keys, or no arm's teacher is there; nothing was started.
         RunFailed: some runs failed; the others are in the table.
         Interrupted: stopped by the user; ``resume`` goes on.
     """
     _check_folder(plan, out, resume)
     console = console_on(sys.stdout)
     progress = progress_for(console)
+    plan = without_absent(plan, out, progress) if plan.may_skip else plan
     if plan.skipped:
         progress.line(f"skipped, no text in data.source: {', '.join(plan.skipped)}")
     results = run_all(plan, out, progress)
@@ -73,6 +75,29 @@ def sweep(
     if lacking := [run.name for run, done in results.items() if done.problem and not done.problem.endswith(NO_SCORE)]:
         raise RunFailed(f"no ceiling beside {len(lacking)} of {len(results)} runs: {', '.join(lacking)}; try --resume")
     return results
+
+
+def without_absent(plan: Sweep, out: Path, progress: Progress) -> Sweep:
+    """The same without the arms that have a run to come whose teacher neither this machine nor the hub has.
+
+    Raises:
+        InputError: no arm is left.
+    """
+    absent: dict[str, str] = {}
+    with progress.step("find the teachers", None):
+        for run in plan.runs:
+            if run.arm not in absent and _completed(out / run.folder, run) is None:
+                try:
+                    locate_model(run.config.teacher.model)
+                except InputError as error:
+                    absent[run.arm] = str(error)
+    for arm, problem in absent.items():
+        progress.line(f"skipped {arm}: {problem}")
+    runs = tuple(run for run in plan.runs if run.arm not in absent)
+    if not runs:
+        raise InputError(f"{SKIP} = true: no arm is left; {next(iter(absent.values()))}")
+    arms = {arm: keys for arm, keys in plan.arms.items() if arm not in absent}
+    return replace(plan, runs=runs, arms=arms, absent=absent)
 
 
 def run_all(plan: Sweep, out: Path, progress: Progress) -> Results:
@@ -213,7 +238,8 @@ def _notes(plan: Sweep, results: Results) -> list[str]:
         notes.append("2/4/256: a tier's layers, heads and neurons; clients: on the text of its own.")
     if plan.ceiling:
         notes.append("of ceiling: of the encoder fine-tuned centrally on all train text (validation).")
-    return [*notes, *([f"Skipped, no text: {', '.join(plan.skipped)}."] if plan.skipped else [])]
+    skipped = {"text": plan.skipped, "teacher": plan.absent}
+    return [*notes, *(f"Skipped, no {what}: {', '.join(names)}." for what, names in skipped.items() if names)]
 
 
 def _row(name: str, runs: Mapping[int, Numbers], wanted: int, ceiling: bool) -> Row:
@@ -256,7 +282,8 @@ def with_spread(found: Spread | None) -> str:
 
 def write_results(plan: Sweep, results: Results, out: Path) -> None:
     """sweep.json and sweep.md, as far as the runs have come."""
-    summary = {"arms": {arm: _arm(plan, results, arm) for arm in plan.arms}, "skipped": list(plan.skipped)}
+    arms = {arm: _arm(plan, results, arm) for arm in plan.arms}
+    summary = {"arms": arms, "skipped": list(plan.skipped), "absent": dict(plan.absent)}
     write_atomically(out / "sweep.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
     write_atomically(out / "sweep.md", markdown(sweep_sheet(plan, results)).encode())
 

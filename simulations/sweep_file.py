@@ -1,14 +1,14 @@
 """A sweep in a TOML file: keys of a run, and around them what is varied.
 
 Above the sections stand ``seeds = [0, 1, 2]``, ``tasks = ["sst2", "mrpc"]`` (or ``tasks = "glue"``: all that
-``data.source`` holds) and ``ceiling = true``. ``[arms.NAME]`` holds the keys in which an arm differs, ``[grid]`` keys
-with a list of values each, which every arm is crossed with, ``[task.NAME]`` those of one of the tasks, such as its
-number of rounds. Everything else is a key of every run.
+``data.source`` holds), ``ceiling = true`` and ``skip-absent-teachers = true``. ``[arms.NAME]`` holds the keys in which
+an arm differs, ``[grid]`` keys with a list of values each, which every arm is crossed with, ``[task.NAME]`` those of
+one of the tasks, such as its number of rounds. Everything else is a key of every run.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from common.tasks import GLUE
 from simulations.grid import crossed, flattened, take_grid
 
 ALONE = "run"  # the arm of a file that names none
-OWN = ("seeds", "tasks", "ceiling")
+SKIP = "skip-absent-teachers"
+OWN = ("seeds", "tasks", "ceiling", SKIP)
 # keys that a ceiling does not depend on
 TRAINING = ("rounds", "data.public-text", "student.", "distill.", "server.", "client.", "tracking.")
 
@@ -59,12 +60,16 @@ class Sweep:
     Attributes:
         arms: by name the keys in which an arm differs.
         skipped: GLUE tasks whose text is not there.
+        may_skip: whether an arm is left out, and does not fail, when neither this machine nor the hub has its teacher.
+        absent: by name the arms that were, and why.
     """
 
     runs: tuple[Planned, ...]
     arms: Mapping[str, Mapping[str, Scalar]]
     ceiling: bool
     skipped: tuple[str, ...] = ()
+    may_skip: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_sweep(path: Path, settings: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Sweep:
@@ -92,8 +97,10 @@ def sweep_of(
             raise InputError(f"-s {key}: the grid of {path} varies it; change it there")
         if taken := [arm for arm, keys in arms.items() if key in keys]:
             raise InputError(f"-s {key}: the arm {taken[0]} of {path} sets it; change it there")
-    if type(ceiling := own.get("ceiling", False)) is not bool:
-        raise InputError(f"{path}: ceiling = {ceiling!r}: give true or false")
+    ceiling, may_skip = (own.get(name, False) for name in ("ceiling", SKIP))
+    for name, given in (("ceiling", ceiling), (SKIP, may_skip)):
+        if type(given) is not bool:
+            raise InputError(f"{path}: {name} = {given!r}: give true or false")
     if seeds is not None and "seed" in over:
         raise InputError(f"-s seed={over['seed']}: the seeds are 0 to {len(seeds) - 1}; leave it out")
     chosen = tuple(seeds) if seeds is not None else _seeds(path, own, base)
@@ -110,7 +117,7 @@ def sweep_of(
         for task, named in ((task, {"task": task} if task else {}) for task in tasks or ("",))
         for arm, keys in arms.items()
     ]
-    return Sweep(tuple(runs), arms, ceiling, skipped)
+    return Sweep(tuple(runs), arms, ceiling, skipped, may_skip)
 
 
 def _planned(path: Path, arm: str, keys: dict[str, Any]) -> Planned:

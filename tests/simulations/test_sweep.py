@@ -1,5 +1,6 @@
 """The table of a sweep, and what is refused before anything starts."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from rich.console import Console
 
 from common.config import load_config, read_settings
 from common.errors import InputError, RunFailed
+from common.progress import Lines, Silent
 from simulations.child import as_settings
-from simulations.sweep import Done, by_task, sweep, sweep_sheet, write_results
+from simulations.sweep import Done, by_task, sweep, sweep_sheet, without_absent, write_results
 from simulations.sweep_file import read_sweep
 from simulations.table import show
 
@@ -133,10 +135,53 @@ def test_a_run_of_other_keys_is_not_continued(plan, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["base"]
 
 
+TEACHERS = """
+skip-absent-teachers = true
+seeds = [0, 1]
+[arms.there]
+teacher.model = "{folder}"
+[arms.gone]
+teacher.model = "{folder}/gone"
+[arms.nowhere]
+teacher.model = "no-such-owner/no-such-model"
+"""
+
+
+def test_an_arm_whose_teacher_is_nowhere_is_skipped_and_named_where_the_file_asks_for_it(tmp_path):
+    (tmp_path / "a.toml").write_text(TEACHERS.format(folder=tmp_path))
+    asked, lines = read_sweep(tmp_path / "a.toml"), io.StringIO()
+    plan = without_absent(asked, tmp_path / "out", Lines(lines))
+    assert [(run.arm, run.seed) for run in plan.runs] == [("there", 0), ("there", 1)]
+    gone, nowhere = lines.getvalue().splitlines()
+    assert gone == f"skipped gone: teacher.model = '{tmp_path}/gone': no such folder"
+    assert nowhere.startswith("skipped nowhere: teacher.model: the hub's model no-such-owner/no-such-model")
+    results = dict.fromkeys(plan.runs, Done())
+    assert sweep_sheet(plan, results).notes[-1] == "Skipped, no teacher: gone, nowhere."
+    write_results(plan, results, tmp_path)
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert (list(found["arms"]), list(found["absent"])) == (["there"], ["gone", "nowhere"])
+    plain = TEACHERS.replace("skip-absent-teachers = true", "")
+    (tmp_path / "b.toml").write_text(plain.format(folder=tmp_path))
+    assert not read_sweep(tmp_path / "b.toml").may_skip
+
+
+def test_a_sweep_without_any_teacher_is_refused(tmp_path):
+    (tmp_path / "a.toml").write_text('skip-absent-teachers = true\nteacher.model = "/none"\n')
+    with pytest.raises(InputError, match=r"skip-absent-teachers = true: no arm is left; teacher.model = '/none'"):
+        sweep(read_sweep(tmp_path / "a.toml"), tmp_path / "out")
+
+
+def test_what_has_been_run_is_not_skipped_though_its_teacher_is_gone(finished, tmp_path):
+    plan, _, _ = finished
+    lost = replace(plan, may_skip=True)
+    assert without_absent(lost, tmp_path / "out", Silent()).runs == plan.runs
+
+
 @pytest.fixture
 def finished(tmp_path):
     """A sweep of one run that is done already, all but its ceiling; its data are nowhere."""
-    (tmp_path / "a.toml").write_text(f'task = "sst2"\nceiling = true\n[data]\nsource = "{tmp_path}/none"\n')
+    keys = f'task = "sst2"\nceiling = true\nteacher.model = "/none"\ndata.source = "{tmp_path}/none"\n'
+    (tmp_path / "a.toml").write_text(keys)
     plan = read_sweep(tmp_path / "a.toml")
     (run,) = plan.runs
     folder = tmp_path / "out" / run.folder

@@ -103,6 +103,7 @@ BAD = {
     "tasks = 'all'": "tasks = 'all': give a list of names",
     "tasks = ['sst3']": "arm run: task = 'sst3'",
     "ceiling = 1": "ceiling = 1: give true or false",
+    "skip-absent-teachers = 'gpt2'": "skip-absent-teachers = 'gpt2': give true or false",
     "arms = 3": r"arms: give arms as sections, \[arms.NAME\]",
     "[arms]\na = 3": r"arms.a: give arms as sections",
     "[arms.'../x']\nrounds = 1": r"arms.../x: give arms as sections",
