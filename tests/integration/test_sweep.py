@@ -147,17 +147,31 @@ def folders_of(out: Path) -> list[str]:
     return [run["folder"] for run in sorted(runs, key=lambda run: run["seed"])]  # in the order in which they are run
 
 
-def test_one_recipe_makes_students_of_an_encoder_and_a_decoder(fedistill, tmp_path):
-    make_teacher(tmp_path / "distilbert", "distilbert", labels=0)
-    make_gpt2(tmp_path / "gpt2")
-    recipe = FILE[: FILE.index("[arms")].replace('teacher.model = "encoder"', "student.heads = 1\nstudent.neurons = 8")
-    arms = [f'[arms.{name}]\nteacher.model = "{name}"' for name in ("distilbert", "gpt2")]
-    (tmp_path / "a.toml").write_text("\n".join([recipe.replace("ceiling = true", "student.layers = 2"), *arms]))
-    done = fedistill("sweep", "a.toml", "--out", "all", timeout=500)
+KINDS = ("bert", "roberta", "electra", "distilbert", "gpt2")
+
+
+def test_one_recipe_makes_students_of_all_kinds_of_teachers_in_one_table(fedistill, tmp_path):
+    """GPT-2 as it is published, without a padding piece; of one teacher there is nothing."""
+    for name in KINDS[:-1]:
+        make_teacher(tmp_path / name, name, labels=0)
+    make_gpt2(tmp_path / "gpt2", pad=False)
+    keys = {"ceiling = true": "skip-absent-teachers = true", 'teacher.model = "encoder"': "student.layers = 2"}
+    recipe = FILE[: FILE.index("[arms")] + "student.heads = 1\nstudent.neurons = 8\n"
+    for old, new in keys.items():
+        recipe = recipe.replace(old, new)
+    arms = [f'[arms.{name}]\nteacher.model = "{name}"\n' for name in (*KINDS, "gone")]
+    (tmp_path / "a.toml").write_text("".join([recipe, *arms]))
+    done = fedistill("sweep", "a.toml", "--out", "all")
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("distilbert", "gpt2"):
-        shape = read_summary(tmp_path / "all" / name / "toy" / "seed-0")["student"]["shape"]
+    found = json.loads((tmp_path / "all" / "sweep.json").read_text())
+    assert (tuple(found["arms"]), list(found["absent"])) == (KINDS, ["gone"])
+    table = (tmp_path / "all" / "sweep.md").read_text()
+    for name in KINDS:
+        student = read_summary(tmp_path / "all" / name / "toy" / "seed-0")["student"]
+        shape = student["shape"]
         assert (len(shape["layers"]), shape["heads"], shape["neurons"]) == (2, 1, 8)
+        assert f"| {name} | {100 * student['validation']['accuracy']:.1f} |" in table
+    assert "Skipped, no teacher: gone." in table
 
 
 def test_a_command_runs_in_its_own_process_and_says_its_last_line():
