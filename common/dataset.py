@@ -110,6 +110,20 @@ class FederatedDataset:
     def shard(self, client: int) -> Shard:
         return self.shards[client]
 
+    def told_of_ends(self) -> str:
+        """How many examples of the train table are longer than what is read of them; empty: none that is known of.
+
+        Of a table that an older version has prepared nothing is known.
+        """
+        cut = self.train.tokens.cut
+        if cut is None or not cut.any():
+            return ""
+        several = f"data.windows = {self.windows} of " if self.windows > 1 else ""
+        return (
+            f"{cut.sum():,} of {len(cut):,} examples are longer than {several}data.max-length = {self.max_length} "
+            "pieces: their ends are not read"
+        )
+
 
 def prepare_dataset(
     config: Config, tokenizer_folder: Path, cache: Path, progress: Progress, corpus: Corpus | None = None

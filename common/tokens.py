@@ -18,7 +18,7 @@ from common.errors import InputError
 
 CHUNK = 4096
 PARTS = ("ids", "offsets", "starts", "second")  # the arrays, in the order of the fields
-WINDOWS = "first"  # and this one, where an example has several
+MORE = ("first", "cut")  # and these, where there are any
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Tokens:
         pad: the padding piece's number.
         typed: whether the model takes ``token_type_ids``.
         first: (n + 1,) int64 the first window of each example; None: each has one.
+        cut: (n,) bool whether an example is longer than its windows, and its end not here; None: nobody has looked.
     """
 
     ids: NDArray[np.int32]
@@ -43,6 +44,7 @@ class Tokens:
     pad: int
     typed: bool
     first: NDArray[np.int64] | None = None
+    cut: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets if self.first is None else self.first) - 1
@@ -122,7 +124,9 @@ class Tokens:
         offsets = np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)
         flat = np.repeat(self.offsets[windows] - offsets[:-1], widths) + np.arange(offsets[-1])
         first = None if self.first is None else np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Tokens(self.ids[flat], offsets, self.starts[flat], self.second[windows], self.pad, self.typed, first)
+        cut = None if self.cut is None else self.cut[rows]
+        ids, starts, second = self.ids[flat], self.starts[flat], self.second[windows]
+        return Tokens(ids, offsets, starts, second, self.pad, self.typed, first, cut)
 
     def owners(self) -> NDArray[np.int64]:
         """(total,) the example of each word piece."""
@@ -130,16 +134,17 @@ class Tokens:
         return np.repeat(np.repeat(np.arange(len(self)), counts), self.widths(windows))
 
     def save(self, folder: Path, name: str) -> None:
-        for part in PARTS if self.first is None else (*PARTS, WINDOWS):
-            np.save(folder / f"{name}.{part}.npy", getattr(self, part))
+        for part in (*PARTS, *MORE):
+            if getattr(self, part) is not None:
+                np.save(folder / f"{name}.{part}.npy", getattr(self, part))
 
     @classmethod
     def open(cls, folder: Path, name: str, pad: int, typed: bool) -> "Tokens":
         """Map saved arrays into memory; nothing is read until it is used."""
         ids, offsets, starts, second = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in PARTS)
-        several = folder / f"{name}.{WINDOWS}.npy"
-        first = np.load(several, mmap_mode="r") if several.is_file() else None
-        return cls(ids, offsets, starts, second, pad, typed, first)
+        files = [folder / f"{name}.{part}.npy" for part in MORE]
+        first, cut = (np.load(file, mmap_mode="r") if file.is_file() else None for file in files)
+        return cls(ids, offsets, starts, second, pad, typed, first, cut)
 
 
 def check_stride(tokenizer: Any, max_length: int, windows: int, stride: int) -> None:
@@ -163,7 +168,8 @@ def tokenize(
 ) -> Tokens:
     """Tokenise single texts or pairs, truncated to ``max_length`` pieces (the longer of a pair first).
 
-    Of a single text the first ``windows`` windows of that length are kept; neighbours share ``stride`` pieces.
+    Of a single text the first ``windows`` windows of that length are kept; neighbours share ``stride`` pieces. What is
+    longer is marked in ``cut``.
     """
     typed = "token_type_ids" in tokenizer.model_input_names
     ids: list[NDArray[np.int32]] = []
@@ -171,12 +177,16 @@ def tokenize(
     lengths: list[int] = []
     second: list[int] = []
     counts: list[int] = []
+    cut: list[bool] = []
     more = {"return_overflowing_tokens": True, "stride": stride} if windows > 1 else {}
     for start in range(0, len(texts[0]), CHUNK):
         columns = [column[start : start + CHUNK] for column in texts]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_token_type_ids=typed, **more)
-        kept = _first_windows(encoded["overflow_to_sample_mapping"], windows) if more else range(len(columns[0]))
-        counts += np.bincount(np.asarray(encoded["overflow_to_sample_mapping"])[kept]).tolist() if more else []
+        rows = encoded["overflow_to_sample_mapping"] if more else list(range(len(columns[0])))
+        kept = _first_windows(rows, windows)
+        counts += np.bincount(np.asarray(rows)[kept]).tolist()
+        # an example's first window has what is behind it, to its end
+        cut += [len(encoded.encodings[place].overflowing) >= windows for place in _first_windows(rows, 1)]
         for row in kept:
             pieces = encoded["input_ids"][row]
             ids.append(np.asarray(pieces, dtype=np.int32))
@@ -189,7 +199,7 @@ def tokenize(
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) if any(count > 1 for count in counts) else None
     return Tokens(
         np.concatenate(ids), offsets, np.concatenate(starts), np.asarray(second, dtype=np.int32),
-        tokenizer.pad_token_id, typed, first,
+        tokenizer.pad_token_id, typed, first, np.asarray(cut, dtype=np.bool_),
     )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
         "workers": worker_count(config),
         "public": len(data.public),
         "validation": {name: len(split) for name, split in data.validation.items()},
+        "ends": data.told_of_ends(),
         "shards": {
             "classes": names,
             "counts": counts.tolist(),
@@ -263,6 +264,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     told = [
         f"task      {found['task']}, scored by {found['metric']}, seed {found['seed']}",
         f"clients   {found['clients']}{note}; {found['cohort']} a round, {found['rounds']} rounds",
+        *([f"text      {found['ends']}"] if found["ends"] else []),
         f"teacher   {teacher['model']}, {teacher['parameters']:,} parameters;",
         f"          {tuned}",
         f"student   layers {', '.join(map(str, student['layers']))}; {student['heads']} heads, "
@@ -288,7 +290,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     )
     if found["not_counted"]:
         told.append(f"          not counted: what {', '.join(found['not_counted'])} adds")
-    return [part for line in told for part in textwrap.wrap(line, 80, subsequent_indent=" " * 10)] + [""]
+    wrapped = [textwrap.wrap(line, 80, subsequent_indent=" " * 10, break_on_hyphens=False) for line in told]
+    return [part for parts in wrapped for part in parts] + [""]
 
 
 def spoken(seconds: float) -> str:

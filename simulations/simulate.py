@@ -154,7 +154,11 @@ def say_what_runs(progress: Progress, config: Config, federation: Any) -> None:
     note = f", {left_out} left out with too few examples of their own" if left_out else ""
     cohort = config.server.cohort or len(data.eligible)
     progress.line(f"{data.task.name}: {data.clients} clients{note}, {cohort} a round, {config.rounds} rounds")
+    if told := data.told_of_ends():
+        progress.line(told)
     progress.line(_student_line(federation))
+    if federation.pupil.taught is not None and (told := federation.pupil.data.told_of_ends()):
+        progress.line(f"in the student's own pieces, {told}")
     for line in _tier_lines(federation):
         progress.line(line)
 

@@ -127,6 +127,23 @@ def test_texts_that_fit_are_the_same_with_windows_as_without(family):
         assert np.array_equal(getattr(plain, part), getattr(cut, part))
 
 
+def test_examples_that_are_longer_than_what_is_kept_of_them_are_marked(tmp_path, tiny_teacher):
+    """By hand: 4 words fit 6 pieces, of which two are special; 10 three windows that share one; 4 and 1 fit 8."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    texts = [" ".join(WORDS[:count]) for count in (11, 4, 5, 10, 1)]
+    alone = tokenize((texts,), tokenizer, 6, lambda amount: None)
+    assert alone.cut.tolist() == [True, False, True, True, False]
+    windows = tokenize((texts,), tokenizer, 6, lambda amount: None, windows=3, stride=1)
+    assert windows.cut.tolist() == [True, False, False, False, False]
+    pairs = tokenize((texts, ["good"] * 5), tokenizer, 8, lambda amount: None)
+    assert pairs.cut.tolist() == [True, False, True, True, False]
+    windows.save(tmp_path, "train")
+    opened = Tokens.open(tmp_path, "train", windows.pad, windows.typed)
+    assert opened.take(np.array([4, 0])).cut.tolist() == [False, True]
+    (tmp_path / "train.cut.npy").unlink()  # as an older version has saved them
+    assert Tokens.open(tmp_path, "train", windows.pad, windows.typed).cut is None
+
+
 def test_saved_windows_are_mapped_and_equal(tmp_path, tiny_teacher):
     tokens = tokenize((LEFT,), AutoTokenizer.from_pretrained(tiny_teacher), 8, lambda amount: None, windows=4, stride=2)
     tokens.save(tmp_path, "train")

@@ -1,5 +1,6 @@
 """What a run would do: its bytes are those of the messages, its times those of the arithmetic."""
 
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -11,13 +12,15 @@ import pytest
 from clients.device_profile import Line
 from common.accounting import noise_for
 from common.config import from_flat
+from common.dataset import load_tokenizer
 from common.errors import InputError
 from common.models import count_parameters
-from common.progress import Silent
+from common.progress import Lines, Silent
 from server.preparation import prepare
 from simulations import describe
 from simulations.describe import bytes_of, examine, lines, shard_sheet, spoken
 from simulations.planned_privacy import planned_privacy
+from simulations.simulate import say_what_runs
 from tests.conftest import make_teacher
 
 
@@ -69,6 +72,29 @@ def test_a_federation_is_described_without_running_it(tmp_path, keys):
     assert max(map(len, lines(found))) <= 80
     sheet = shard_sheet(found)
     assert sheet.sections[0][-1][0] == "all"
+
+
+def test_examples_whose_ends_are_not_read_are_counted_before_a_run_and_as_it_starts(tmp_path, keys):
+    """Two windows of 12 that share two pieces: 18 pieces of text and the two special ones around them."""
+    keys |= {"teacher.model": str(make_teacher(tmp_path / "headed")), "data.max-length": 12, "student.vocabulary": 100}
+    config = from_flat({**keys, "data.windows": 2, "data.stride": 2})
+    found, federation = examine(config, Silent()), prepare(config, Silent())
+    texts = federation.data.train.texts[0].all()
+
+    def told(folder):
+        count = sum(len(pieces) > 20 for pieces in load_tokenizer(folder)(texts)["input_ids"])
+        assert 0 < count < len(texts)
+        what = "data.windows = 2 of data.max-length = 12 pieces"
+        return f"{count:,} of {len(texts):,} examples are longer than {what}: their ends are not read"
+
+    assert found["ends"] == told(tmp_path / "headed")
+    assert found["ends"] in re.sub(r"\s+", " ", " ".join(lines(found)))
+    assert max(map(len, lines(found))) <= 80
+    out = io.StringIO()
+    say_what_runs(Lines(out), config, federation)
+    assert told(tmp_path / "headed") in out.getvalue().splitlines()
+    assert f"in the student's own pieces, {told(federation.pupil.folder)}" in out.getvalue().splitlines()
+    assert examine(from_flat({**keys, "data.max-length": 64, "data.windows": 2}), Silent())["ends"] == ""
 
 
 def test_a_student_of_another_model_is_measured_by_its_teacher_and_travels_with_its_projection(tmp_path, keys):
