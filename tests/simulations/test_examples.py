@@ -58,5 +58,4 @@ def test_the_preset_reads_the_file_in_windows_with_several_labels(abstracts, tin
     counts = np.asarray(data.train.labels).sum(axis=1)
     assert set(counts.tolist()) == {1, 2}
     windows = data.train.tokens.windows(np.arange(len(data.train)))[1]
-    assert windows.max() == config.data.windows == 4
-    assert np.median(windows) == 4
+    assert windows.max() == np.median(windows) == config.data.windows == 5
