@@ -20,11 +20,12 @@ from common.batches import token_budget_batches
 from common.device import Compute
 from common.families import family_of, head_count, layers_of
 from common.losses import pooled
-from common.objective import Examples, batch_of, output_losses
+from common.objective import Examples, batch_of, each_loss, output_losses
 from common.recipe import Recipe
 from common.seeding import generator
 
 MOST = 256  # examples of a client that are looked at: an estimate
+ROOM = 4096  # padded word pieces at once at most: no device that trains may be lost here, where nothing is halved
 
 
 def importance(
@@ -32,11 +33,11 @@ def importance(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean importance over some of a client's examples: (layers, heads) and (layers, neurons).
 
-    The loss is that on outputs: soft targets, and labels where they have weight.
+    The loss is that on outputs: soft targets, and labels where they have weight, weighted as for training.
     """
     rows = chosen(len(examples.rows), seed, client)
     lengths = examples.data.tokens.lengths(examples.rows[rows])
-    budget = min(recipe.token_budget, recipe.micro_budget or recipe.token_budget)
+    budget = min(recipe.token_budget, recipe.micro_budget or recipe.token_budget, ROOM)
     totals: list[NDArray[np.float64]] = []
     model.eval()
     for places in token_budget_batches(lengths, budget, generator(seed, "importance", client, 1)):
@@ -44,7 +45,7 @@ def importance(
         with _gated(model) as gated, compute.autocast():
             logits = model(**batch.inputs).logits
         soft, hard = output_losses(pooled(logits, batch.pooling), batch, recipe)
-        loss = (recipe.weights["soft"] * soft + recipe.weights["hard"] * hard).sum()
+        loss = each_loss(soft, hard, batch, recipe, recipe.weights).sum()
         grads = torch.autograd.grad(loss, gated)
         sums = [
             _per_gate(state, grad, model, place, batch.pooling)

@@ -43,7 +43,9 @@ def gated(scene, recipe):
         p, t = F.softmax(soft / recipe.temperature, -1), recipe.temperature
         kl = t**2 * (p * (p.log() - F.log_softmax(logits / t, -1))).sum()
         hard = F.cross_entropy(logits, torch.tensor([scene.data.labels[row]]))
-        loss = recipe.weights["soft"] * kl + recipe.weights["hard"] * hard
+        trust = F.softmax(soft, -1)[0, scene.data.labels[row]] if recipe.adaptive else 1.0
+        on_soft, on_hard = recipe.weights["soft"], recipe.weights["hard"]
+        loss = on_soft * trust * kl + (on_hard + on_soft * (1.0 - trust)) * hard
         for total, grad in zip(totals, torch.autograd.grad(loss, gates), strict=True):
             total.add_(grad.abs())
     for hook in hooks:
@@ -57,7 +59,11 @@ def scene(request, tmp_path_factory):
     return Scene(make_teacher(tmp_path_factory.mktemp(request.param), request.param))
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, weighing(hard=0.0)], ids=["with labels", "soft"])
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, weighing(hard=0.0), replace(RECIPE, adaptive=True)],
+    ids=["with labels", "soft", "adaptive"],
+)
 def test_importance_is_the_mean_absolute_gradient_of_a_gate_of_each_example(scene, recipe):
     found, expected = measured(scene, recipe), gated(scene, recipe)
     width = layers_of(scene.teacher)[0].get_submodule(family_of(scene.teacher).down).weight.numel() // 16
