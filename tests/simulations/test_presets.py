@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 PRESETS = sorted((ROOT / "simulations" / "presets").glob("*.toml"))
-SWEEPS = ("ablation", "glue", "teachers", "tiers")
+SWEEPS = ("ablation", "glue", "methods", "teachers", "tiers")
 AUDITS = [("inversion", 1, 1), ("membership", 3, 7), ("poisoning", 1, 1), ("privacy", 3, 3)]
 
 
