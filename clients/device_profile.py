@@ -19,7 +19,7 @@ from scipy.optimize import nnls
 from clients.budget import joules, used
 from common.config import Config
 from common.cost import BATCH, LENGTH, MEGA, Size, forward_flops, operations_per_piece, size_of, training_flops
-from common.device import Compute, choose_compute
+from common.device import Compute, choose_compute, free_memory
 from common.distillation import Student, begin, set_gradients, step
 from common.models import freeze_embeddings
 from common.objective import Batch
@@ -53,7 +53,7 @@ class Measured:
     Attributes:
         cores: physical, or logical ones where these are unknown.
         threads: that computed.
-        memory_mb: free.
+        memory_mb: free for this process, on the device that computes.
         watts_from: ``rapl``, or the model.
     """
 
@@ -89,7 +89,7 @@ def probe(config: Config, progress: Progress) -> Measured:
     """
     torch.set_num_threads(config.runtime.threads)
     compute = choose_compute(config.runtime.device, config.client.precision)
-    memory = psutil.virtual_memory().available / MEGA  # with the libraries loaded
+    memory = free_memory(compute.device) / MEGA  # with the libraries loaded
     training, reading, sizes = [], [], []
     before, began = joules(), time.perf_counter()
     with progress.step("measure this machine", len(SHAPES)) as bar:

@@ -35,3 +35,11 @@ def test_the_probe_gives_a_device(monkeypatch):
     assert found.threads == 1
     assert found.cores >= 1
     assert len(found.training.errors) == len(found.reading.errors) == 2
+
+
+def test_memory_is_what_the_device_has_left_for_this_process(monkeypatch):
+    """A container's limit or a graphics card, which a test cannot bring along: their measure is replaced."""
+    monkeypatch.setattr("clients.device_profile.SHAPES", ((1, 1, 32), (2, 2, 64)))
+    monkeypatch.setattr("clients.device_profile.free_memory", lambda device: {"cpu": 123_000_000}[device.type])
+    found = probe(from_flat({"client.precision": "fp32", "runtime.device": "cpu"}), Silent())
+    assert found.figures()["memory-mb"] == 123.0
