@@ -55,6 +55,11 @@ class Config(Keys):
         """Whether the student is scored after this round."""
         return number % self.server.scores_every == 0 or number == self.rounds
 
+    @property
+    def scored_share(self) -> float:
+        """Of the rounds: after which the student is scored."""
+        return sum(map(self.scores_after, range(1, self.rounds + 1))) / self.rounds
+
     def tier_of(self, clients: int) -> NDArray[np.int64]:
         """(clients,) the tier that each client holds, 0 the smallest."""
         return assign_tiers(self.seed, clients, self.student.sizes, self.student.holders)

@@ -18,8 +18,10 @@ position (an embedding's projection) and at one (pooler and classifier).
         https://arxiv.org/abs/2205.05198), of w = 4 bytes, and one layer's tensors in flight; in bf16 w = 2, the norms
         add 8 H, and bf16 copies of the weights 2 P_trained
     latency            forward operations / rate + layers x fixed time, of one sentence
-    computing          (operations / rate + layers x fixed time) over all that passes in a round
-    transfer           8 bits x (bytes up + bytes down) / bandwidth
+    computing          (operations / rate + layers x fixed time) over all that passes in a round: a forward pass over
+        held-out examples too, as often as the student is scored, whose fixed times are left out
+    transfer           8 bits x (bytes up + bytes down) / bandwidth; the weights come down to be trained and, as often
+        as they are scored, once more
     energy             power x (computing + transfer)
 
 The interpreter and its libraries come on top, and what happens once, before round 1: fetching teacher and student, and
@@ -200,6 +202,8 @@ class Work:
         longest: the most pieces a text has, or each of its windows.
         windows: the most that a text has.
         share: of the examples that a pass is over.
+        scored: of the rounds: after which the student is scored.
+        heldout: examples that are scored, to each that there is to train on.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
         entry_bytes: bytes up for each trained weight.
@@ -215,6 +219,12 @@ class Work:
     micro_budget: int = 0
     windows: int = 1
     share: float = 1.0
+    scored: float = 1.0
+    heldout: float = 0.0
+
+    def down_bytes(self, trained: int) -> float:
+        """To a device of its own in a round, of so many trained weights: to train them, and again to score them."""
+        return (1 + self.scored) * 4 * trained
 
     @property
     def passing(self) -> int:
@@ -236,6 +246,8 @@ class Work:
             micro_budget=max(keys.micro_budget, 0),  # where a device looks for its own: no more than a batch
             windows=config.data.windows,
             share=keys.share,
+            scored=config.scored_share,
+            heldout=config.data.holdout_fraction / (1 - config.data.holdout_fraction),
         )
 
 
@@ -299,7 +311,9 @@ def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) 
     compute = steps * speed.step(size, rows / steps, length)
     if work.deep:
         compute += rows * forward_flops(teacher, 1, length) / speed.training
-    up, down = work.entry_bytes * size.trained, 4.0 * size.trained
+    held = work.scored * work.heldout * profile.examples * PADDING
+    compute += held * forward_flops(size, 1, length) / speed.training
+    up, down = work.entry_bytes * size.trained, work.down_bytes(size.trained)
     transfer = 8 * (up + down) / (profile.bandwidth_mbit * MEGA)
     return Cost(
         training_mb=training_bytes(size, teacher, work) / MEGA,

@@ -185,16 +185,10 @@ def bytes_of(config: Config, trained: int, eligible: int) -> Bytes | None:
     scored = eligible if keys.scores == "all" else min(keys.cohort or eligible, eligible)
     nodes, work = worker_count(config), Work.of(config)
     single = asked > (keys.cohort or asked)  # a message for each client
-    often = scored_share(config)
-    questions = (asked if single else min(nodes, asked)) + often * min(nodes, scored)
+    questions = (asked if single else min(nodes, asked)) + work.scored * min(nodes, scored)
     own = round(work.entry_bytes * trained)
     answers = (asked if single else min(nodes, asked)) if work.packed else asked
-    return Bytes(round(4 * trained * questions), own * answers, round((1 + often) * 4 * trained), own)
-
-
-def scored_share(config: Config) -> float:
-    """Of the rounds: that are scored."""
-    return sum(map(config.scores_after, range(1, config.rounds + 1))) / config.rounds
+    return Bytes(round(4 * trained * questions), own * answers, round(work.down_bytes(trained)), own)
 
 
 def times(
@@ -222,7 +216,7 @@ def times(
         training += forward(teacher, client.epochs * float(seen.sum()) * cohort)
     held = float(data.heldout_sizes.sum()) * (1.0 if config.server.scores == "all" else cohort)
     public = sum(len(split) for split in data.validation.values())
-    a_round = training / cores + scored_share(config) * (forward(size, held) / cores + forward(size, public))
+    a_round = training / cores + work.scored * (forward(size, held) / cores + forward(size, public))
     a_round = max(a_round, max(each, default=0.0))  # the largest client is one worker's
     keys, rows = config.teacher, float(len(data.public))
     tuning = train(teacher, keys.epochs * rows, keys.token_budget) if tune else 0.0

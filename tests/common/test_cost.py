@@ -136,15 +136,28 @@ def test_a_round_by_hand():
     profile = {"tokens-per-s": 1000, "layer-ms": 10, "training-layer-ms": 100, "examples": 86, "length": 32}
     cost, device = cost_of({**profile, "bandwidth-mbit": 8, "watts": 3}, server__packing="off")
     megabytes = 4 * reference().trained / 1e6
-    assert cost.compute_s == pytest.approx(3.2 + 4 * 3 * 0.1)
-    assert (cost.up_mb, cost.down_mb) == (pytest.approx(megabytes), pytest.approx(megabytes))
-    assert cost.transfer_s == pytest.approx(2 * megabytes)  # 8 Mbit/s are a megabyte a second
+    # a fifth of the shard is held out, a quarter of what is trained on: 25 padded rows, 800 pieces pass forward alone
+    training, reading = operations_per_piece()
+    assert cost.compute_s == pytest.approx(3.2 + 4 * 3 * 0.1 + 0.8 * reading / training)
+    assert cost.up_mb == pytest.approx(megabytes)
+    assert cost.down_mb == pytest.approx(2 * megabytes)  # to be trained, and to be scored
+    assert cost.transfer_s == pytest.approx(3 * megabytes)  # 8 Mbit/s are a megabyte a second
     assert cost.energy_j == pytest.approx(3 * (cost.compute_s + cost.transfer_s))
     assert cost.latency_ms == pytest.approx(32 / device.single_tokens_per_s * 1e3 + 3 * 10)
 
 
+def test_what_is_scored_seldom_comes_down_and_is_read_seldom():
+    """Of ten rounds the fourth, the eighth and the last are scored; with nothing held out nothing is read."""
+    always, seldom = (cost_of({}, rounds=10, server__scores_every=every)[0] for every in (1, 4))
+    unread = cost_of({}, rounds=10, data__holdout_fraction=0.0)[0]
+    assert seldom.down_mb == pytest.approx(1.3 * always.down_mb / 2)
+    assert seldom.compute_s - unread.compute_s == pytest.approx(0.3 * (always.compute_s - unread.compute_s))
+    assert always.compute_s > unread.compute_s
+
+
 def test_a_round_over_a_part_of_the_shard_costs_that_part():
-    assert cost_of({"examples": 8600}, client__share=0.01)[0] == cost_of({"examples": 86})[0]
+    part = cost_of({"examples": 8600}, client__share=0.01, data__holdout_fraction=0.0)[0]
+    assert part == cost_of({"examples": 86}, data__holdout_fraction=0.0)[0]
 
 
 def test_the_wire_decides_what_travels_up():
