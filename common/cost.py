@@ -17,7 +17,8 @@ position (an embedding's projection) and at one (pooler and classifier).
         products, the GELU, the softmax and the two norms (after Korthikanti et al. 2022,
         https://arxiv.org/abs/2205.05198), of w = 4 bytes, and one layer's tensors in flight; in bf16 w = 2, the norms
         add 8 H, and bf16 copies of the weights 2 P_trained
-    latency            forward operations / rate + layers x fixed time, of one sentence
+    latency            forward operations / rate + layers x fixed time, of one sentence; the windows of a longer text
+        are rows that pass together
     computing          (operations / rate + layers x fixed time) over all that passes in a round: a forward pass over
         held-out examples too, as often as the student is scored, whose fixed times are left out
     transfer           8 bits x (bytes up + bytes down) / bandwidth; the weights come down to be trained and, as often
@@ -200,7 +201,8 @@ class Work:
     Attributes:
         micro_budget: padded pieces that pass at once; 0: the whole batch.
         longest: the most pieces a text has, or each of its windows.
-        windows: the most that a text has.
+        windows, stride: the most that a text has, and the pieces that neighbours share.
+        special: pieces of each window that the tokeniser puts around the text's.
         share: of the examples that a pass is over.
         scored: of the rounds: after which the student is scored.
         heldout: examples that are scored, to each that there is to train on.
@@ -218,6 +220,8 @@ class Work:
     entry_bytes: float
     micro_budget: int = 0
     windows: int = 1
+    stride: int = 0
+    special: int = 2
     share: float = 1.0
     scored: float = 1.0
     heldout: float = 0.0
@@ -231,8 +235,16 @@ class Work:
         """Padded pieces that pass at once."""
         return min(self.micro_budget or self.token_budget, self.token_budget)
 
+    def cut(self, pieces: int) -> tuple[int, int]:
+        """The windows of a text of so many pieces, special ones included, and the pieces of the longest of them."""
+        if pieces <= self.longest:
+            return 1, pieces
+        room = self.longest - self.special
+        return min(math.ceil((pieces - self.special - self.stride) / (room - self.stride)), self.windows), self.longest
+
     @classmethod
-    def of(cls, config: Config) -> Self:
+    def of(cls, config: Config, special: int = 2) -> Self:
+        """``special``: pieces that the tokeniser puts around a text, BERT's and RoBERTa's unless said otherwise."""
         keys, distill, server = config.client, config.distill, config.server
         packed = server.packing == "on"
         return cls(
@@ -245,6 +257,8 @@ class Work:
             entry_bytes=SUM if packed else UP[server.wire] + 3 * server.topk * (server.wire == "topk"),
             micro_budget=max(keys.micro_budget, 0),  # where a device looks for its own: no more than a batch
             windows=config.data.windows,
+            stride=config.data.stride,
+            special=special,
             share=keys.share,
             scored=config.scored_share,
             heldout=config.data.holdout_fraction / (1 - config.data.holdout_fraction),
@@ -293,9 +307,9 @@ class Speed:
             reading_layer_s=profile.layer_ms / 1e3,
         )
 
-    def latency(self, size: Size, length: int) -> float:
-        """Seconds for one sentence."""
-        return forward_flops(size, 1, length) / self.reading + size.layers * self.reading_layer_s
+    def latency(self, size: Size, rows: int, length: int) -> float:
+        """Seconds for one sentence, of so many windows."""
+        return forward_flops(size, rows, length) / self.reading + size.layers * self.reading_layer_s
 
     def step(self, size: Size, rows: float, length: int) -> float:
         """Seconds of one training step."""
@@ -304,21 +318,21 @@ class Speed:
 
 def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) -> Cost:
     """What a student costs a device in one round."""
-    speed, length = Speed.of(profile), min(profile.length, work.longest)
-    # batches of the padded pieces of all examples
-    rows = work.epochs * work.share * profile.examples * PADDING
-    steps = math.ceil(rows * length / work.passing)
+    speed, (windows, length) = Speed.of(profile), work.cut(profile.length)
+    # batches of the padded pieces of all examples, each of one at least
+    shard = windows * profile.examples * PADDING
+    rows = work.epochs * work.share * shard
+    steps = math.ceil(rows * length / max(work.passing, windows * length))
     compute = steps * speed.step(size, rows / steps, length)
     if work.deep:
         compute += rows * forward_flops(teacher, 1, length) / speed.training
-    held = work.scored * work.heldout * profile.examples * PADDING
-    compute += held * forward_flops(size, 1, length) / speed.training
+    compute += work.scored * work.heldout * shard * forward_flops(size, 1, length) / speed.training
     up, down = work.entry_bytes * size.trained, work.down_bytes(size.trained)
     transfer = 8 * (up + down) / (profile.bandwidth_mbit * MEGA)
     return Cost(
         training_mb=training_bytes(size, teacher, work) / MEGA,
-        inference_mb=(weight_bytes(size) + flight_bytes(size, length, length)) / MEGA,
-        latency_ms=1e3 * speed.latency(size, length),
+        inference_mb=(weight_bytes(size) + flight_bytes(size, windows * length, length)) / MEGA,
+        latency_ms=1e3 * speed.latency(size, windows, length),
         compute_s=compute,
         transfer_s=transfer,
         up_mb=up / MEGA,

@@ -34,7 +34,7 @@ class DeviceProfile(BaseModel):
         energy_j: budget for a round.
         max_seconds: budget for a round, transfers included.
         examples: trained on in a round and epoch.
-        length: their mean number of word pieces, and of the sentence that is timed.
+        length: their mean number of word pieces, special ones included, and of the sentence that is timed.
     """
 
     model_config = ConfigDict(

@@ -15,8 +15,10 @@ from rich.text import Text
 from clients.device_profile import Measured, probe
 from common.config import Config
 from common.cost import Cost, Work
+from common.dataset import load_tokenizer
 from common.devices import load_profiles
 from common.errors import InputError
+from common.tokens import check_stride
 from server.history import shape_figures
 from server.provisioning import Candidate, Choice, Lattice, choose_student, fit_tiers, make_lattice, tier_keys
 from server.teacher import check_length, find_teacher
@@ -33,6 +35,8 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
     progress = progress_for(console)
     source = find_teacher(config.teacher.model)
     check_length(source, config.data.max_length)
+    tokenizer, data = load_tokenizer(source.folder), config.data
+    check_stride(tokenizer, data.max_length, data.windows, data.stride)
     lattice = make_lattice(config, source)
     measured: list[Measured] = []
 
@@ -41,7 +45,7 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
         return measured[0].figures()
 
     devices = load_profiles(profiles, measure, probed=probed)
-    work = Work.of(config)
+    work = Work.of(config, tokenizer.num_special_tokens_to_add(pair=False))
     choices = {name: choose_student(lattice, profile, work) for name, profile in devices.items()}
     found = measured[0] if measured else None
     if found is not None:

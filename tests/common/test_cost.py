@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -22,9 +23,12 @@ from common.cost import (
     training_flops,
     weight_bytes,
 )
+from common.dataset import load_tokenizer
 from common.devices import PRESETS, DeviceProfile
 from common.models import freeze_embeddings, set_training
 from common.slim import Shape, build
+from common.tokens import tokenize
+from tests.conftest import make_tokenizer
 
 ROWS, LENGTH = 8, 16
 USUAL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -184,6 +188,44 @@ def test_the_windows_of_a_text_are_in_memory_together():
     one, many = cost_of({}, data__max_length=64)[0], cost_of({}, data__max_length=64, data__windows=64)[0]
     assert many.training_mb == cost_of({}, data__max_length=64, client__token_budget=4096)[0].training_mb
     assert many.training_mb > one.training_mb
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_texts_have_the_windows_that_the_tokenizer_cuts(tmp_path, family):
+    make_tokenizer(tmp_path, family)
+    tokenizer = load_tokenizer(tmp_path)
+    special = tokenizer.num_special_tokens_to_add(pair=False)
+    assert special == {"bert": 2, "gpt2": 0}[family]
+    texts = (["good " * count for count in range(1, 40)],)
+    whole = tokenize(texts, tokenizer, 512, lambda amount: None)
+    for stride in (0, 3):
+        work = Work.of(from_flat({"data.max-length": 8, "data.windows": 6, "data.stride": stride}), special)
+        cut = tokenize(texts, tokenizer, 8, lambda amount: None, windows=6, stride=stride)
+        for row in range(len(cut)):
+            windows, _ = cut.windows(np.array([row]))
+            found = len(windows), int(cut.widths(windows).max())
+            assert work.cut(int(whole.widths(np.array([row]))[0])) == found
+
+
+def test_each_window_of_a_text_costs_a_pass():
+    """Of 102 pieces two are special; windows of 32 have room for 30, and share 5: 30, 55, 80, 105 are reached."""
+    keys = {"data__max_length": 32, "data__windows": 8, "data__stride": 5, "client__token_budget": 1024}
+    fixed = {"layer-ms": 10.0, "training-layer-ms": 0.0}
+    one, four = (cost_of({"length": length, **fixed}, **keys)[0] for length in (32, 102))
+    assert four.compute_s == pytest.approx(4 * one.compute_s)
+    assert four.latency_ms - 30 == pytest.approx(4 * (one.latency_ms - 30))  # three layers, each passed once
+    weights = weight_bytes(reference()) / 1e6
+    assert four.inference_mb - weights == pytest.approx(4 * (one.inference_mb - weights))
+    few = {**keys, "data__windows": 3}
+    assert cost_of({"length": 102, **fixed}, **few)[0].compute_s == pytest.approx(3 * one.compute_s)
+
+
+def test_a_text_is_in_one_batch_with_all_its_windows():
+    """Ten texts of four windows of 32 pieces, of which one alone fills the batch: twelve steps with the padding."""
+    keys = {"data__max_length": 32, "data__windows": 4, "client__token_budget": 64}
+    profile = {"length": 122, "examples": 10}
+    slow, quick = (cost_of({**profile, "training-layer-ms": fixed}, **keys)[0] for fixed in (1000.0, 0.0))
+    assert slow.compute_s - quick.compute_s == pytest.approx(12 * 3 * 1.0)
 
 
 def test_what_is_smaller_costs_less():

@@ -100,3 +100,6 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, tiny_teacher, capfd):
     assert call(str(tmp_path / "nowhere.toml"), *keys) == 2
     (tmp_path / "devices.toml").write_text('[a]\npreset = "pi"')
     assert call(str(tmp_path / "devices.toml"), *keys, "--out", str(tmp_path / "no" / "x.json")) == 2
+    capfd.readouterr()
+    assert call(str(tmp_path / "devices.toml"), *keys, "-s", "data.windows=2", "-s", "data.stride=30") == 2
+    assert "a window of data.max-length = 32 has room for 30 pieces" in capfd.readouterr().err
