@@ -60,6 +60,12 @@ class Config(Keys):
         """Of the rounds: after which the student is scored."""
         return sum(map(self.scores_after, range(1, self.rounds + 1))) / self.rounds
 
+    @property
+    def teaches_inside(self) -> bool:
+        """Whether who trains a student of a mixed federation trains the smaller ones inside it along."""
+        keys = self.distill
+        return self.student.tier_mode == "nested" and keys.self_weight + keys.inner_weight > 0
+
     def tier_of(self, clients: int) -> NDArray[np.int64]:
         """(clients,) the tier that each client holds, 0 the smallest."""
         return assign_tiers(self.seed, clients, self.student.sizes, self.student.holders)

@@ -11,7 +11,7 @@ https://arxiv.org/abs/2001.08361, who leave out the T^2). Where nothing below a 
 inputs is not needed: with frozen embeddings, in the first layer. Besides the layers there are products at every
 position (an embedding's projection) and at one (pooler and classifier).
 
-    training memory    4 (P_teacher + P) + c P_trained + max(activations, the teacher's forward pass) + 50 MB,
+    training memory    4 (P_teacher + P_held) + c P_trained + max(activations, the teacher's forward pass) + 50 MB,
         c = 4 the round's weights + 4 gradients + 8 AdamW's moments + 4 the update + 8 its exact sum
     activations        B T ((4 A + 2 N + 4 H + heads T) w + 16) for each layer: what the backward pass will read of the
         products, the GELU, the softmax and the two norms (after Korthikanti et al. 2022,
@@ -25,12 +25,17 @@ position (an embedding's projection) and at one (pooler and classifier).
         as they are scored, once more
     energy             power x (computing + transfer)
 
+In a mixed federation (`common.nested`) a device holds the models of all students, around one embedding. The smaller
+ones inside its own are trained along: each adds its training operations, its activations, its copies in bf16, and the
+weights of its exit; 80 MB come on top. Room that is set aside for the others' updates and never written is left out.
+
 The interpreter and its libraries come on top, and what happens once, before round 1: fetching teacher and student, and
 the teacher's outputs. Rates and fixed times are the device's (`common.devices`).
 """
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -40,7 +45,7 @@ from torch import nn
 
 from common.config import Config
 from common.devices import DeviceProfile
-from common.families import family_of, head_count
+from common.families import family_of, head_count, is_exit
 from common.inference import ROWS
 from common.models import count_parameters, freeze_embeddings
 from common.slim import Shape, build
@@ -53,6 +58,9 @@ UP = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "topk": 1 / 255, "svd": 4.0}
 # added because peak memory was 22 to 55 MB above the rest of the formula, for four small encoders on one machine; what
 # takes it was not looked into, and the constant was not tried on others
 BUFFERS = 50_000_000
+# and this where smaller students are trained along: students of 3 and 6 layers, 1 to 3 inside (six trials in fp32),
+# peaked 58 to 128 MB above the rest. glibc keeps it: made to give back each tensor, they stayed 106 to 113 MB below
+BUFFERS_INSIDE = 80_000_000
 SUM = 8.0  # of the exact sum, int64
 BATCH, LENGTH = 32, 32  # of the reference
 MEGA = 1e6
@@ -69,6 +77,7 @@ class Size:
         each, once: weights of the products outside the layers that meet every position, and one position of a row.
         each_trained: those of the former that are trained.
         parameters, trained: all weights, and those under training.
+        exit: of the latter those between the last layer and the logits, that layer's last norm among them.
         first_inputs: whether something below the first layer's products is trained.
         spelt: whether the activation is written out in five steps (GPT-2) instead of one.
     """
@@ -82,6 +91,7 @@ class Size:
     once: int
     parameters: int
     trained: int
+    exit: int
     first_inputs: bool
     spelt: bool
 
@@ -124,6 +134,7 @@ def size_of(config: Any, shape: Shape, train_embeddings: bool = False) -> Size:
         once=once,
         parameters=count_parameters(student),
         trained=sum(parameter.numel() for parameter in trained.values()),
+        exit=sum(parameter.numel() for name, parameter in trained.items() if is_exit(student, name)),
         first_inputs=train_embeddings or causal,
         spelt=causal,
     )
@@ -206,6 +217,7 @@ class Work:
         share: of the examples that a pass is over.
         scored: of the rounds: after which the student is scored.
         heldout: examples that are scored, to each that there is to train on.
+        teaches: whether the smaller students inside a larger one are trained along with it.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
         entry_bytes: bytes up for each trained weight.
@@ -225,6 +237,7 @@ class Work:
     share: float = 1.0
     scored: float = 1.0
     heldout: float = 0.0
+    teaches: bool = True
 
     def down_bytes(self, trained: int) -> float:
         """To a device of its own in a round, of so many trained weights: to train them, and again to score them."""
@@ -262,7 +275,37 @@ class Work:
             share=keys.share,
             scored=config.scored_share,
             heldout=config.data.holdout_fraction / (1 - config.data.holdout_fraction),
+            teaches=config.teaches_inside,
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A device's part in a federation of students inside one another; of one student alone it is all of it.
+
+    Attributes:
+        size: of its own student.
+        inner: of the smaller ones that it trains along.
+        trained: weights that it trains and sends, the exits of those inside among them.
+        received: weights that come down: exits of smaller students also where nobody trains them along.
+        held: weights of all models in its memory.
+    """
+
+    size: Size
+    inner: tuple[Size, ...]
+    trained: int
+    received: int
+    held: int
+
+    @classmethod
+    def of(cls, size: Size, tiers: Sequence[Size], work: Work) -> Self:
+        """``tiers``: all students of the federation, this one among them; none: it is alone."""
+        smaller = tuple(one for one in tiers if one.parameters < size.parameters)
+        whole = max((size, *tiers), key=lambda one: one.parameters)
+        exits = size.exit * len({one.layers for one in smaller} - {size.layers})  # one depth has one exit
+        inner, own = (smaller, exits) if work.teaches else ((), 0)
+        models = whole.parameters + sum(one.trained for one in tiers if one != whole)  # the others share its embeddings
+        return cls(size, inner, size.trained + own, size.trained + exits, models + own)
 
 
 @dataclass(frozen=True)
@@ -316,21 +359,26 @@ class Speed:
         return rows * training_flops(size, 1, length) / self.training + size.layers * self.training_layer_s
 
 
-def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) -> Cost:
-    """What a student costs a device in one round."""
+def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work, tiers: Sequence[Size] = ()) -> Cost:
+    """What a student costs a device in one round.
+
+    Args:
+        tiers: all students of a mixed federation, each inside the next larger one, this one among them.
+    """
+    part = Part.of(size, tiers, work)
     speed, (windows, length) = Speed.of(profile), work.cut(profile.length)
     # batches of the padded pieces of all examples, each of one at least
     shard = windows * profile.examples * PADDING
     rows = work.epochs * work.share * shard
     steps = math.ceil(rows * length / max(work.passing, windows * length))
-    compute = steps * speed.step(size, rows / steps, length)
+    compute = steps * sum(speed.step(one, rows / steps, length) for one in (size, *part.inner))
     if work.deep:
         compute += rows * forward_flops(teacher, 1, length) / speed.training
     compute += work.scored * work.heldout * shard * forward_flops(size, 1, length) / speed.training
-    up, down = work.entry_bytes * size.trained, work.down_bytes(size.trained)
+    up, down = work.entry_bytes * part.trained, work.down_bytes(part.received)
     transfer = 8 * (up + down) / (profile.bandwidth_mbit * MEGA)
     return Cost(
-        training_mb=training_bytes(size, teacher, work) / MEGA,
+        training_mb=training_bytes(part, teacher, work) / MEGA,
         inference_mb=(weight_bytes(size) + flight_bytes(size, windows * length, length)) / MEGA,
         latency_ms=1e3 * speed.latency(size, windows, length),
         compute_s=compute,
@@ -341,12 +389,16 @@ def predict_cost(size: Size, teacher: Size, profile: DeviceProfile, work: Work) 
     )
 
 
-def training_bytes(size: Size, teacher: Size, work: Work) -> int:
+def training_bytes(part: Part, teacher: Size, work: Work) -> int:
     """The most memory a round takes, when a batch is filled with the longest examples."""
     pieces = max(work.passing, work.longest * work.windows)  # the windows of a text pass together
     read = ROWS * work.longest  # a block of the teacher's
-    per_trained = 4 + 4 + 8 + 4 + (8 if work.packed else 0) + (2 if work.bf16 else 0)
-    student = activation_bytes(size, pieces, work.longest, work.bf16) + flight_bytes(size, pieces, work.longest)
+    per_trained = 4 + 4 + 8 + 4 + (8 if work.packed else 0)
+    together = (part.size, *part.inner)
+    copies = 2 * sum(one.trained for one in together) if work.bf16 else 0
+    kept = sum(activation_bytes(one, pieces, work.longest, work.bf16) for one in together)
+    student = kept + flight_bytes(part.size, pieces, work.longest)
     beside = flight_bytes(teacher, pieces if work.deep else read, work.longest)
     busy = student + beside if work.deep else max(student, beside)
-    return BUFFERS + weight_bytes(teacher) + weight_bytes(size) + per_trained * size.trained + busy
+    buffers = BUFFERS + (BUFFERS_INSIDE if part.inner else 0)
+    return buffers + weight_bytes(teacher) + 4 * part.held + per_trained * part.trained + copies + busy

@@ -90,7 +90,7 @@ class Tiers:
     def __init__(self, config: Config, whole: Any, shape: Shape, taught: int = 0) -> None:
         keys, self.seed = config.student, config.seed
         nested = keys.tier_mode == "nested"
-        self.teaches = nested and config.distill.self_weight + config.distill.inner_weight > 0
+        self.teaches = config.teaches_inside
         shapes = [shape.beginning(size.layers, size.heads, size.neurons) for size in keys.sizes]
         models = [*(_smaller(whole, one) for one in shapes), whole]
         self.shapes: Shapes = {}

@@ -7,7 +7,7 @@ keeps. What stands for quality is the number of parameters: a stated proxy, blin
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,8 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
     """
     if config.student.tiers:
         raise InputError(
-            f"student.tiers = {config.student.tiers!r}: the smaller students that a client trains inside its own are "
-            "not counted; leave them out, and take the tiers from what each device gets"
+            f"student.tiers = {config.student.tiers!r}: the tiers are what is looked for here; leave them out, and "
+            "take them from what each device gets"
         )
     if config.server.strategy in KEEPING:
         raise InputError(
@@ -197,18 +197,36 @@ def fit_tiers(lattice: Lattice, choices: Mapping[str, Choice], work: Work) -> di
     """The student of each device in one mixed federation, where each lies inside the next larger one.
 
     From the device with the largest student on, each gets the largest that keeps to its budgets and lies inside the
-    student before. What training those inside its own costs a device is not counted. Without devices that none fits.
+    student before. Then what the others' students cost it is added, those inside its own above all. While that breaks
+    a device's budget, the one with the smallest student, which the others train along, loses it for good, and all are
+    looked for again. Without devices that none fits.
     """
+
+    def fits(name: str, student: Candidate, tiers: Sequence[Size] = ()) -> bool:
+        profile = choices[name].profile
+        return not broken_budget(predict_cost(student.size, lattice.teacher, profile, work, tiers), profile)
+
     place = {student.name: number for number, student in enumerate(lattice.students)}
-    best = {name: choice.best.name for name, choice in choices.items() if choice.best is not None}
+    fitting = {name: [student for student in lattice.students if fits(name, student)] for name in choices}
+    while True:
+        found = _inside_one_another(fitting, place)
+        tiers = list(dict.fromkeys(student.size for student in (lattice.students[0], *found.values())))
+        broken = [name for name, student in found.items() if not fits(name, student, tiers)]
+        if not broken:
+            return {name: found[name] for name in choices if name in found}
+        smallest = max(broken, key=lambda name: place[found[name].name])
+        fitting[smallest].remove(found[smallest])
+
+
+def _inside_one_another(fitting: Mapping[str, Sequence[Candidate]], place: Mapping[str, int]) -> dict[str, Candidate]:
+    """Of the students that fit each device, largest first, the first that lies inside those of larger devices."""
     found: dict[str, Candidate] = {}
-    above = lattice.students
-    for name in sorted(best, key=lambda name: place[best[name]]):
-        inside = choose_student(replace(lattice, students=above), choices[name].profile, work).best
+    above: Candidate | None = None
+    for name in sorted((name for name in fitting if fitting[name]), key=lambda name: place[fitting[name][0].name]):
+        inside = next((one for one in fitting[name] if above is None or _lies_inside(one, above)), None)
         if inside is not None:
-            found[name] = inside
-            above = tuple(student for student in lattice.students if _lies_inside(student, inside))
-    return {name: found[name] for name in choices if name in found}
+            found[name] = above = inside
+    return found
 
 
 def tier_keys(lattice: Lattice, devices: Sequence[Candidate]) -> dict[str, str]:

@@ -104,11 +104,13 @@ def tier_lines(tiers: Mapping[str, Candidate], lattice: Lattice) -> list[str]:
     keys, whole = tier_keys(lattice, list(tiers.values())), lattice.students[0].name
     if not keys:
         return []
-    if whole not in {student.name for student in tiers.values()}:
-        told = "student.layers, heads and neurons of the largest here"
-        return [f"\nno device holds the run's own student {whole}: to learn together, give {told}"]
+    held = {student.name for student in tiers.values()}
+    if whole not in held:
+        largest = next(student.name for student in lattice.students if student.name in held)
+        told = f"to learn together, give student.layers, heads and neurons of {largest}"
+        return [f"\nno device holds the run's own student {whole} beside the others': {told}"]
     entries = [f"{key.removeprefix('student.')} = {json.dumps(value)}" for key, value in keys.items()]
-    told = "(what the students inside a larger one cost it is not counted above)"
+    told = "(all keep to their budgets with the smaller students inside their own, which the table leaves out)"
     return [f"\nto learn together, clients in this order: {', '.join(tiers)}", told, "[student]", *entries]
 
 

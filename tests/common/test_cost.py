@@ -1,5 +1,7 @@
 """Costs against torch's own counts: operations, weights, and what a backward pass keeps."""
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.config import from_flat
 from common.cost import (
     Cost,
+    Part,
+    Size,
     Speed,
     Work,
     activation_bytes,
@@ -25,10 +29,14 @@ from common.cost import (
 )
 from common.dataset import load_tokenizer
 from common.devices import PRESETS, DeviceProfile
+from common.distillation import begin, set_gradients
 from common.models import freeze_embeddings, set_training
+from common.nested import Tiers
+from common.objective import Batch
+from common.recipe import make_recipe
 from common.slim import Shape, build
 from common.tokens import tokenize
-from tests.conftest import make_tokenizer
+from tests.conftest import FP32, make_tokenizer
 
 ROWS, LENGTH = 8, 16
 USUAL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -94,6 +102,66 @@ def test_operations_of_a_layer_by_hand():
     assert two - one == 2 * 10 * (4 * 32 * 24 + 2 * 32 * 24) + 2 * (2 * 10 * 10 * 24)
 
 
+# of 3 layers, 4 heads and 64 neurons; the second and the third are of one depth
+INSIDE = "1/1/8@0.2,2/2/16@0.2,2/3/48@0.2"
+
+
+def tiers_of(family: str, rank: int = 0, sizes: str = INSIDE, **keys: float) -> tuple[Tiers, list[Size], Part]:
+    """A mixed federation's students, their sizes, and what the device of the whole one does."""
+    config = CONFIGS[family]()
+    shape = replace(Shape.whole(config, (0, 1, 2)), rank=rank)
+    run = from_flat({"student.layers": 3, "student.tiers": sizes, **keys})
+    tiers = Tiers(run, student_of(config, shape, train_embeddings=False), shape)
+    found = [size_of(config, tier.shape) for tier in tiers.tiers]
+    return tiers, found, Part.of(found[-1], found, Work.of(run))
+
+
+def begun(tiers: Tiers, tier: int) -> tuple[Any, Any]:
+    """A tier's student, ready for a step, and its recipe."""
+    recipe = make_recipe(from_flat({"student.layers": 3}), 1, tiers[-1].shape, tiers[-1].model.config, regression=False)
+    return begin(tiers.student(tier), tiers.part(tier, tiers.initial()), recipe), recipe
+
+
+@pytest.mark.parametrize(("family", "rank"), [("bert", 0), ("bert", 4), ("electra", 0), ("distilbert", 0), ("gpt2", 0)])
+def test_a_step_costs_what_torch_counts_with_the_smaller_students_inside(family, rank):
+    tiers, sizes, part = tiers_of(family, rank)
+    state, recipe = begun(tiers, 3)
+    labels = torch.arange(ROWS) % 3
+    batch = Batch(inputs(), torch.zeros(ROWS, 3), labels, {}, ROWS * LENGTH)
+    with FlopCounterMode(display=False) as counted:
+        set_gradients(state, [batch], recipe=recipe, compute=FP32)
+    assert part.inner == tuple(sizes[:3])
+    assert sum(training_flops(one, ROWS, LENGTH) for one in (part.size, *part.inner)) == counted.get_total_flops()
+    assert counted.get_total_flops() > 1.5 * training_flops(part.size, ROWS, LENGTH)
+
+
+@pytest.mark.parametrize("taught", [0.0, 1.0])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_device_holds_and_sends_what_a_mixed_federation_makes_of_it(family, taught):
+    keys = {"distill.self-weight": taught, "distill.inner-weight": 0.0}
+    tiers, sizes, _ = tiers_of(family, **keys)
+    work = Work.of(from_flat(keys))
+    models = {weight.data_ptr(): weight.numel() for tier in tiers.tiers for weight in tier.model.parameters()}
+    for number, tier in enumerate(tiers.tiers):
+        part = Part.of(sizes[number], sizes, work)
+        assert part.trained == sum(map(math.prod, tier.held.values()))
+        assert part.received == sum(map(math.prod, tier.sent.values()))
+        exits = set(tiers.student(number).trained) - set(tier.names.values())
+        assert part.held == sum(models.values()) + sum(math.prod(tier.held[name]) for name in exits)
+        assert len(part.inner) == len(tiers.student(number).smaller)
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "gpt2"])  # its fused weights are copied
+def test_a_layer_inside_keeps_for_the_backward_pass_what_torch_saves(family):
+    saved, predicted = [], []
+    for layers in (1, 2):
+        tiers, sizes, _ = tiers_of(family, sizes=f"{layers}/3/24@0.5")
+        state, _ = begun(tiers, 1)
+        predicted.append(activation_bytes(sizes[0], ROWS * LENGTH, LENGTH))
+        saved.append(saved_bytes(state.student.smaller[0], state.trained.values()))
+    assert predicted[1] - predicted[0] == saved[1] - saved[0]
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_layer_keeps_for_the_backward_pass_what_torch_saves(family):
     saved, predicted = [], []
@@ -101,13 +169,14 @@ def test_a_layer_keeps_for_the_backward_pass_what_torch_saves(family):
         config = CONFIGS[family]()
         shape = narrow_shape(config, layers=layers)
         predicted.append(activation_bytes(size_of(config, shape), ROWS * LENGTH, LENGTH))
-        saved.append(saved_bytes(student_of(config, shape, train_embeddings=False)))
+        student = student_of(config, shape, train_embeddings=False)
+        saved.append(saved_bytes(lambda given, model=student: model(**given).logits, student.parameters()))
     assert predicted[1] - predicted[0] == saved[1] - saved[0]
 
 
-def saved_bytes(student: Any) -> int:
-    """Bytes of the storages that autograd keeps, weights apart."""
-    own = {weight.untyped_storage().data_ptr() for weight in student.parameters()}
+def saved_bytes(student: Callable[[dict[str, torch.Tensor]], torch.Tensor], weights: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, weights apart."""
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,7 +186,7 @@ def saved_bytes(student: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = student(**inputs()).logits  # kept alive, or storages would share places
+        logits = student(inputs())  # kept alive, or storages would share places
     assert logits.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -63,18 +63,19 @@ def test_students_of_unequal_devices_lie_inside_one_another(tiny_teacher):
     cost = {student.name: predict_cost(student.size, lattice.teacher, device(), work) for student in lattice.students}
     # by itself the second would have few layers of full width; the third all layers, narrow
     devices = {
-        "small": device(memory_mb=cost["1/1/8"].training_mb),
+        "small": device(memory_mb=cost["1/1/8"].training_mb + 0.06),  # the larger students' models
         "flat": device(latency_ms=cost["1/2/32"].latency_ms),
         "whole": device(),
-        "narrow": device(memory_mb=cost["3/1/16"].training_mb),
+        "narrow": device(memory_mb=cost["3/1/16"].training_mb),  # by itself
         "none": device(memory_mb=0.001),
     }
     choices = {name: choose_student(lattice, profile, work) for name, profile in devices.items()}
     found = fit_tiers(lattice, choices, work)
     assert list(found) == ["small", "flat", "whole", "narrow"]
     assert found["whole"].name == "3/2/32"
-    for name, student in found.items():
-        assert not broken_budget(predict_cost(student.size, lattice.teacher, devices[name], work), devices[name])
+    assert choices["narrow"].best.name == "3/1/16"
+    assert found["narrow"].name == "1/1/8"  # no room to train that inside another
+    check_budgets(lattice, found, devices, work)
     keys = tier_keys(lattice, list(found.values()))
     shape = {"teacher.model": str(tiny_teacher), "student.layers": 3, "student.heads": 2, "student.neurons": 32}
     checked = from_flat({"task": "sst2", **shape, **keys, "data.clients": 4})  # each fits into the next
@@ -82,6 +83,35 @@ def test_students_of_unequal_devices_lie_inside_one_another(tiny_teacher):
     own = [[*names, "3/2/32"][tier] for tier in checked.student.holders]
     assert own == [student.name for student in found.values()]
     assert tier_keys(lattice, [lattice.students[0]] * 2) == {}
+
+
+def check_budgets(lattice, found, devices, work):
+    """Each with those inside its student, and with the models of all."""
+    tiers = {student.size for student in (lattice.students[0], *found.values())}
+    for name, student in found.items():
+        cost = predict_cost(student.size, lattice.teacher, devices[name], work, list(tiers))
+        assert not broken_budget(cost, devices[name]), name
+
+
+@pytest.mark.parametrize(
+    ("budget", "figure"), [("memory_mb", "training_mb"), ("max_seconds", "round_s"), ("energy_j", "energy_j")]
+)
+def test_what_is_trained_inside_counts_against_a_devices_budgets(tiny_teacher, budget, figure):
+    """A device has just room for the whole student with the smallest inside, then for a little less."""
+    config, lattice = lattice_of(tiny_teacher)
+    work, top, least = Work.of(config), lattice.students[0], lattice.students[-1]
+    alone = getattr(predict_cost(top.size, lattice.teacher, device(), work), figure)
+    both = getattr(predict_cost(top.size, lattice.teacher, device(), work, [least.size, top.size]), figure)
+    assert both > alone
+    small = device(latency_ms=predict_cost(least.size, lattice.teacher, device(), work).latency_ms)
+    for given, fits in ((both, True), (both - 1e-6 * (both - alone), False)):
+        devices = {"large": device(**{budget: given}), "small": small}
+        choices = {name: choose_student(lattice, profile, work) for name, profile in devices.items()}
+        assert choices["large"].best == top  # by itself
+        found = fit_tiers(lattice, choices, work)
+        assert (found["large"] == top) == fits
+        assert found["small"] == least
+        check_budgets(lattice, found, devices, work)
 
 
 def test_the_largest_that_fits_and_why_none_larger(tiny_teacher):

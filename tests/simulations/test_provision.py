@@ -87,6 +87,7 @@ def test_without_a_device_for_the_whole_student_there_are_no_tiers(tiny_teacher)
     largest, smallest = lattice.students[0], lattice.students[-1]
     (line,) = tier_lines({"a": smallest, "b": smallest}, lattice)
     assert "no device holds the run's own student 3/2/32" in line
+    assert line.endswith("layers, heads and neurons of 1/1/8")
     assert tier_lines({"a": largest}, lattice) == []
 
 
