@@ -93,7 +93,7 @@ def _room(config: Config, model: Any, layers: tuple[int, ...], teacher: int) -> 
     plan = type(whole).from_dict({**whole.to_dict(), "num_hidden_layers": len(layers)})
     width = _width(config, model)
     with torch.device("meta"):
-        rest = count_parameters(build(plan, shape)) - whole.vocab_size * width
+        rest = count_parameters(build(plan, shape)) - int(whole.vocab_size) * width
     return (keys.target_ratio * teacher - rest) / width
 
 
