@@ -5,8 +5,8 @@ by its key and compare its weights with the hash.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from common.families import embedding_width, family_of, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.models import choose_layers, count_parameters
 from common.progress import Progress
-from common.pupil import EXITS, Pupil, open_pupil, save_pupil
+from common.pupil import EXITS, Pupil, load_exits, open_pupil, save_pupil
 from common.recipe import relation_heads
 from common.seeding import generator, seed_for
 from common.slim import Numbers, Shape, cut_student, narrow
@@ -47,6 +47,7 @@ class Plan:
         cut: given a folder, writes the tokenizer there and returns the module as it is before the warm start.
         own_pieces: whether it cuts text in another way than the teacher.
         final: whether these are its last heads and neurons: the smaller students inside it are warmed up then, too.
+        learnt: of what learns beside it what was learnt before.
     """
 
     shape: Shape
@@ -54,6 +55,7 @@ class Plan:
     cut: Callable[[Path], Any]
     own_pieces: bool
     final: bool
+    learnt: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def prepare_student(config: Config, lesson: Lesson, origin: Origin, progress: Progress) -> Pupil:
@@ -104,9 +106,11 @@ def narrow_student(config: Config, lesson: Lesson, wide: Pupil, width: Width, pr
         narrow(student, heads, neurons)
         return student
 
-    depends = {"wide": wide.key, "heads": heads, "neurons": neurons}
+    learnt = load_exits(wide)
+    depends = {"wide": wide.key, "heads": heads, "neurons": neurons, **({"learnt": sorted(learnt)} if learnt else {})}
     shape = replace(wide.shape, heads=heads, neurons=neurons)
-    return _made(config, lesson, progress, Plan(shape, depends, cut, wide.taught is not None, final=True))
+    plan = Plan(shape, depends, cut, wide.taught is not None, final=True, learnt=learnt)
+    return _made(config, lesson, progress, plan)
 
 
 def choose_width(config: Config, heads: NDArray[np.float64], neurons: NDArray[np.float64]) -> Width:
@@ -185,7 +189,7 @@ def _made(config: Config, lesson: Lesson, progress: Progress, plan: Plan) -> Pup
             save_pupil(plan.cut(draft), plan.shape, draft, own_pieces=plan.own_pieces)
             if warm:
                 pupil = open_pupil(draft, data, cache, progress)
-                exits = warm_up(config, lesson, pupil, progress, final=plan.final)
+                exits = warm_up(config, lesson, pupil, progress, final=plan.final, learnt_before=plan.learnt)
                 if exits:
                     save_file(exits, draft / EXITS)
                 save_pupil(pupil.model, plan.shape, draft, own_pieces=plan.own_pieces)

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1909.10351, call it general distillation): what a cut take
 text, of whatever kind. Then on the task's own public split, as clients will learn.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,11 +75,20 @@ def _budget(config: Config) -> int:
     return config.student.warm_token_budget or config.client.token_budget
 
 
-def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *, final: bool) -> dict[str, Tensor]:
+def warm_up(
+    config: Config,
+    lesson: Lesson,
+    pupil: Pupil,
+    progress: Progress,
+    *,
+    final: bool,
+    learnt_before: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """Distil on public text, in place; labels are used where the public split has them all.
 
     Args:
         final: whether the student has its last heads and neurons: see `warms`.
+        learnt_before: what this returned for the student with all of them.
 
     Returns:
         What learns with it: the exits of the smaller students inside it, or a projection.
@@ -90,7 +100,8 @@ def warm_up(config: Config, lesson: Lesson, pupil: Pupil, progress: Progress, *,
     tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape, int(lesson.model.config.hidden_size))
     whole = len(tiers) - 1
     student = tiers.student(whole)
-    weights = {name: weight.clone() for name, weight in tiers.part(whole, tiers.initial()).items()}
+    start = {**tiers.initial(), **{name: each.to(compute.device) for name, each in learnt_before.items()}}
+    weights = {name: weight.clone() for name, weight in tiers.part(whole, start).items()}
     recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
     recipe = replace(
         recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, token_budget=_budget(config), weight_decay=DECAY,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from common.config import from_flat
@@ -11,7 +12,7 @@ from common.distillation import PROJECTION
 from common.errors import InputError
 from common.models import count_parameters, load_teacher
 from common.progress import Silent
-from common.pupil import load_exits
+from common.pupil import EXITS, load_exits
 from common.vocabulary import choose_pieces, piece_bounds, save_trimmed
 from server.student import narrow_student, random_width
 from tests.conftest import make_reviews, make_teacher
@@ -95,6 +96,15 @@ def test_another_family_with_the_same_pieces_gets_its_own_inputs(school, tmp_pat
     pupil = student(school, folder, distill__hidden_weight=1.0, distill__relation_weight=1.0, student__warm_epochs=1)
     assert (pupil.data.train.tokens.typed, pupil.taught.typed) == (False, True)
     assert np.array_equal(pupil.data.train.tokens.ids, pupil.taught.ids)
+
+
+def test_a_narrowed_student_goes_on_with_the_projection_that_the_wide_one_has_learnt(school, narrow):
+    keys = {"student__model": str(narrow), "student__heads": 1, "distill__hidden_weight": 1.0}
+    keys |= {"student__warm_epochs": 1, "student__warm_lr": 1e-9}
+    wide, config = school.student(**keys), school.config(**keys)
+    save_file({PROJECTION: torch.full((32, 16), 0.25)}, wide.folder / EXITS)
+    found = narrow_student(config, school.lesson, wide, random_width(config, wide.shape), Silent())
+    torch.testing.assert_close(load_exits(found)[PROJECTION], torch.full((32, 16), 0.25), atol=1e-6, rtol=0)
 
 
 def test_a_warm_start_trains_the_projection_along_and_keeps_it(school, narrow):
