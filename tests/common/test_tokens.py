@@ -67,13 +67,14 @@ def test_words_begin_where_they_begin(tmp_path):
     assert names[1] == ["[CLS]", "z", "##z", "[SEP]", "z", "##z", "[SEP]"]
     first = [True, True, True, False, True, True, True, True, True]
     assert tokens.starts.tolist() == [*first, True, True, False, True, True, False, True]
-    assert [places.tolist() for places in tokens.words(np.array([1, 0]))] == [[0, 1, 3, 4, 6], [0, 1, 2, 4, 5, 6, 7, 8]]
+    found = [[places.tolist() for places in texts] for texts in tokens.words(np.array([1, 0]))]
+    assert found == [[[0, 1, 3], [4, 6]], [[0, 1, 2, 4, 5, 6], [7, 8]]]
 
 
 def test_two_texts_without_a_piece_between_them_are_two_words(tmp_path):
     """GPT-2 puts nothing between a pair."""
     tokens = make_tokens(make_teacher(tmp_path, "gpt2", layers=1), ["good"], ["good"])
-    assert tokens.words(np.array([0]))[0][0] == 0
+    assert tokens.words(np.array([0]))[0][0][0] == 0
     half = len(tokens.ids) // 2
     assert tokens.starts[[0, half]].tolist() == [True, True]
     assert tokens.starts.sum() == 2
@@ -83,8 +84,9 @@ def test_every_family_counts_as_many_words_as_its_text_has(family):
     texts = make_sentences(10, seed=4)
     tokens = make_tokens(family, texts)
     special = 0 if AutoTokenizer.from_pretrained(family).cls_token is None else 2
-    for row, places in enumerate(tokens.words(np.arange(10))):
+    for row, (places, behind) in enumerate(tokens.words(np.arange(10))):
         assert len(places) == len(texts[row].split()) + special
+        assert not len(behind)
 
 
 def test_the_windows_of_a_text_are_those_a_hand_cuts(tiny_teacher):
