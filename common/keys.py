@@ -121,11 +121,10 @@ class StudentKeys(Section):
         ge=0,
         le=1000,
         description="passes over all public text before these, on hidden states and soft targets: what a cut takes "
-        "from a model is mended best on much text, of whatever kind; for a task on pairs the text is put in pairs; "
-        "embeddings learn here, too, unless `tiers` share them",
+        "from a model is mended best on much text, of whatever kind; for a task on pairs the text is put in pairs",
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout while distilling")
-    train_embeddings: bool = Field(False, description="clients train and send the embeddings, too")
+    train_embeddings: bool = Field(False, description="also train, and send, the embeddings")
     tiers: str = Field(
         "",
         description="students inside the whole one, smallest first, and the share of clients that hold each: "

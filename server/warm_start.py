@@ -2,8 +2,7 @@
 
 First on all public text there is, without labels, from the teacher's hidden states and outputs (Jiao et al. 2020,
 https://arxiv.org/abs/1909.10351, call it general distillation): what a cut takes from a model is mended best on much
-text, of whatever kind, and with it the embeddings learn, too: clients leave them as they are, lest the words of a
-private text be told by them. Then on the task's own public split, as clients will learn.
+text, of whatever kind. Then on the task's own public split, as clients will learn.
 """
 
 from collections.abc import Mapping
@@ -53,8 +52,7 @@ def warm_key(config: Config, lesson: Lesson, *, final: bool) -> dict[str, Any]:
     data = lesson.data
     public = np.asarray(data.public)
     keys = config.student
-    pairs = [LOST, MOVED] if _reads_pairs(lesson) else []
-    general = [keys.general_epochs, hash_json(lesson.text), _with_embeddings(config).student.train_embeddings, *pairs]
+    general = [keys.general_epochs, hash_json(lesson.text), *([LOST, MOVED] if _reads_pairs(lesson) else [])]
     return {
         "keys": [keys.warm_epochs, keys.warm_lr, keys.train_embeddings],
         "general": general if final and keys.general_epochs else None,
@@ -99,29 +97,27 @@ def warm_up(
     if not final:
         config = config.model_copy(update={"student": keys.model_copy(update={"tiers": ""})})
     lesson.model.to(compute.device)
-    pupil.model.to(compute.device)
+    tiers = Tiers(config, pupil.model.to(compute.device), pupil.shape, int(lesson.model.config.hidden_size))
+    whole = len(tiers) - 1
+    student = tiers.student(whole)
+    start = {**tiers.initial(), **{name: each.to(compute.device) for name, each in learnt_before.items()}}
+    weights = {name: weight.clone() for name, weight in tiers.part(whole, start).items()}
     recipe = make_recipe(config, 1, pupil.shape, lesson.model.config, data.task.regression)
     recipe = replace(
         recipe, lr=keys.warm_lr, last_lr=keys.warm_lr / 10, token_budget=_budget(config), weight_decay=DECAY,
         clip_norm=CLIP, proximal=0.0, sgd=False,
     )  # fmt: skip
-    passes: list[tuple[str, Config, Examples, Recipe, tuple[int, int]]] = []
+    passes: list[tuple[str, Examples, Recipe, tuple[int, int]]] = []
     on_all_text, on_split = warms(config, lesson, final=final)
     if on_all_text:
         general = replace(recipe, epochs=keys.general_epochs, weights=_unlabelled(recipe, 1.0), adaptive=False)
-        examples = _all_public_text(lesson, pupil, config.seed, progress)
-        passes.append(("public texts", _with_embeddings(config), examples, general, WARM_GENERAL))
+        passes.append(("public texts", _all_public_text(lesson, pupil, config.seed, progress), general, WARM_GENERAL))
     if on_split:
         examples = _examples(lesson, pupil.data.train, np.asarray(data.public), pupil.taught, progress)
         if not labelled(data.train.labels[examples.rows]).all():
             recipe = replace(recipe, weights={**recipe.weights, "hard": 0.0}, adaptive=False)
-        passes.append(("public examples", config, examples, replace(recipe, epochs=keys.warm_epochs), WARM))
-    beside = {name: each.to(compute.device) for name, each in learnt_before.items()}
-    for what, trained, examples, one, who in passes:
-        tiers = Tiers(trained, pupil.model, pupil.shape, int(lesson.model.config.hidden_size))
-        whole = len(tiers) - 1
-        student = tiers.student(whole)
-        weights = {name: each.clone() for name, each in tiers.part(whole, tiers.initial() | beside).items()}
+        passes.append(("public examples", examples, replace(recipe, epochs=keys.warm_epochs), WARM))
+    for what, examples, one, who in passes:
         room = None
         if config.client.micro_budget == AUTO_BUDGET:
             room = find_room(student, weights, examples, recipe=one, compute=compute, teacher=lesson.model)
@@ -131,20 +127,13 @@ def warm_up(
                 student, weights, examples, recipe=one, compute=compute, seed=config.seed, who=who,
                 teacher=lesson.model, room=room, advance=bar.advance,
             )  # fmt: skip
-        found = {name: weight.clone() for name, weight in learnt(state, weights).items()}
-        with torch.no_grad():
-            for name, tensor in found.items():
-                student.trained[name].copy_(tensor)
-        inside = set(student.trained) - set(tiers[whole].names.values())
-        beside = {name: found[name] for name in sorted(inside)}
+        weights = {name: weight.clone() for name, weight in learnt(state, weights).items()}
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            student.trained[name].copy_(tensor)
     pupil.model.to("cpu").eval()
-    return {name: each.cpu() for name, each in beside.items()}
-
-
-def _with_embeddings(config: Config) -> Config:
-    """The same where the embeddings learn, too, unless smaller students inside this one share them as they are."""
-    keys = config.student
-    return config.model_copy(update={"student": keys.model_copy(update={"train_embeddings": not keys.tiers})})
+    inside = set(student.trained) - set(tiers[whole].names.values())
+    return {name: student.trained[name].detach().cpu() for name in sorted(inside)}
 
 
 def _unlabelled(recipe: Recipe, hidden: float) -> dict[str, float]:

@@ -47,28 +47,6 @@ def test_general_distillation_brings_the_hidden_states_closer(school):
     assert disagreement(school, warm) < 0.7 * disagreement(school, cold)
 
 
-@pytest.mark.parametrize("rank", [0, 8])
-def test_general_distillation_trains_the_embeddings_and_what_follows_does_not(school, rank):
-    keys = {"student__vocabulary": 120, "student__embedding_rank": rank}
-    general = school.student(**keys, student__general_epochs=2)
-    both = school.student(**keys, student__general_epochs=2, student__warm_epochs=2)
-    cold, warm, after = (states(pupil) for pupil in (school.student(**keys), general, both))
-    embeddings = [name for name in cold if name.startswith("bert.embeddings.")]
-    assert all(not torch.equal(cold[name], warm[name]) for name in embeddings if cold[name].is_floating_point())
-    assert all(torch.equal(warm[name], after[name]) for name in embeddings)
-    assert general.hash != both.hash
-    batch = general.data.train.tokens.batch(np.asarray(general.data.public))
-    moved = torch.nonzero((warm[EMBEDDING] != cold[EMBEDDING]).any(dim=1)).reshape(-1)
-    assert torch.equal(moved, batch["input_ids"].unique())
-
-
-def test_smaller_students_share_embeddings_that_general_distillation_leaves(school):
-    keys = {"student__vocabulary": 120, "student__tiers": "1/0/0@0.5"}
-    cold, warm = school.student(**keys), school.student(**keys, student__general_epochs=2)
-    assert warm.hash != cold.hash
-    assert torch.equal(states(warm)[EMBEDDING], states(cold)[EMBEDDING])
-
-
 def test_general_distillation_reads_no_label_and_depends_on_the_text(school):
     keys = {"student__vocabulary": 120, "student__general_epochs": 1}
     first = school.student(**keys)
