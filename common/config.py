@@ -22,6 +22,8 @@ from common.keys import Keys
 from common.section import Scalar, Section
 from common.tiers import assign_tiers
 
+OF_MANY_RUNS = ("arms", "attacks", "grid", "seeds", "tasks")  # keys and tables of sweeps and audits
+
 
 class Config(Keys):
     """A run. `Config()` is the embedded demo; see `load_config` for how keys are given."""
@@ -128,6 +130,8 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
     known = default_keys()
     nested: dict[str, Any] = {}
     for key, value in flat.items():
+        if key.partition(".")[0] in OF_MANY_RUNS:
+            raise InputError(f"{key}: it lists several runs; give the file to `fedistill sweep` or `fedistill audit`")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else "; `fedistill keys` lists all"

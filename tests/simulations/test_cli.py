@@ -23,6 +23,7 @@ def call(capfd, monkeypatch, tmp_path):
 
 TINY = ["teacher.model=tiny", "student.layers=2", "data.max-length=32"]
 BAD = {
+    "a sweep's key": (["seeds=3"], "seeds: it lists several runs; give the file to `fedistill sweep` or"),
     "unknown key": (["rounbs=3"], "rounbs: no such key; did you mean rounds?"),
     "mistyped": (["rounds=many"], "rounds = 'many'"),
     "fraction": (["data.public-fraction=1.5"], "data.public-fraction = 1.5"),
