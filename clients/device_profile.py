@@ -18,13 +18,14 @@ from scipy.optimize import nnls
 
 from clients.budget import joules, used
 from common.config import Config
-from common.cost import BATCH, LENGTH, MEGA, Size, forward_flops, operations_per_piece, size_of, training_flops
+from common.cost import MEGA
 from common.device import Compute, choose_compute, free_memory
 from common.distillation import Student, begin, set_gradients, step
 from common.models import freeze_embeddings
 from common.objective import Batch
 from common.progress import Progress
 from common.recipe import make_recipe
+from common.size import BATCH, LENGTH, Size, forward_flops, operations_per_piece, size_of, training_flops
 from common.slim import Shape, build
 
 SHAPES = ((1, 12, 1536), (3, 12, 1536), (3, 6, 768), (6, 3, 384))  # layers, heads, neurons; MiniLM's width

@@ -19,7 +19,7 @@ THIS = "this"  # the preset that is measured
 
 
 class DeviceProfile(BaseModel):
-    """A device. Speeds are those of the reference encoder, three layers of MiniLM (`common.cost.reference`).
+    """A device. Speeds are those of the reference encoder, three layers of MiniLM (`common.size.reference`).
 
     Attributes:
         memory_mb: budget, 10^6 bytes: what training may take, beside the interpreter and its libraries.

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from common.config import Config
-from common.cost import Cost, Size, Work, predict_cost, size_of
+from common.cost import Cost, Work, predict_cost
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
 from common.errors import InputError
 from common.keys import KEEPING
 from common.models import choose_layers, count_parameters
 from common.recipe import make_recipe
+from common.size import Size, size_of
 from common.slim import Shape, build
 from common.tasks import GLUE
 from common.vocabulary import choose_pieces

@@ -19,13 +19,14 @@ import torch
 
 from clients.device_profile import Line, probe
 from common.config import Config
-from common.cost import PADDING, Size, Work, forward_flops, size_of, training_flops
+from common.cost import PADDING, Work
 from common.dataset import FederatedDataset, prepare_dataset
 from common.errors import InputError
 from common.keys import AT_CLIENTS, VOTING
 from common.models import choose_layers
 from common.nested import Tiers
 from common.progress import Progress
+from common.size import Size, forward_flops, size_of, training_flops
 from common.slim import Shape, build
 from common.store import cache_folder
 from server.history import shape_figures

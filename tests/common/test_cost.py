@@ -12,21 +12,7 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.config import from_flat
-from common.cost import (
-    Cost,
-    Part,
-    Size,
-    Speed,
-    Work,
-    activation_bytes,
-    forward_flops,
-    operations_per_piece,
-    predict_cost,
-    reference,
-    size_of,
-    training_flops,
-    weight_bytes,
-)
+from common.cost import Cost, Part, Speed, Work, predict_cost
 from common.dataset import load_tokenizer
 from common.devices import PRESETS, DeviceProfile
 from common.distillation import begin, set_gradients
@@ -34,6 +20,16 @@ from common.models import freeze_embeddings, set_training
 from common.nested import Tiers
 from common.objective import Batch
 from common.recipe import make_recipe
+from common.size import (
+    Size,
+    activation_bytes,
+    forward_flops,
+    operations_per_piece,
+    reference,
+    size_of,
+    training_flops,
+    weight_bytes,
+)
 from common.slim import Shape, build
 from common.tokens import tokenize
 from tests.conftest import FP32, make_tokenizer
