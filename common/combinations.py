@@ -71,6 +71,8 @@ def _check_data(config: Keys) -> None:
         )
     if data.partition == "natural" and not (data.partition_by or data.private):
         raise ValueError("data.partition-by is empty: data.partition = natural needs the column's name")
+    if data.private == AT_CLIENTS and config.task == "toy":
+        raise ValueError("task = 'toy': real clients have texts of their own; give text, or a GLUE task")
     if data.private:
         against = {
             f"data.partition = {data.partition!r}": data.partition != "natural",

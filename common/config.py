@@ -98,8 +98,16 @@ def default_keys() -> dict[str, Scalar]:
     return found
 
 
-def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Config | None = None) -> Config:
+def load_config(
+    path: Path | None = None,
+    settings: Iterable[str] = (),
+    base: Config | None = None,
+    fixed: Mapping[str, Scalar] | None = None,
+) -> Config:
     """Read a TOML file, lay ``key=value`` settings over it, check everything; what neither gives is the base's.
+
+    Args:
+        fixed: dotted keys that are so whatever is given.
 
     Raises:
         InputError: naming the file or key, what was found and what would be right.
@@ -107,7 +115,7 @@ def load_config(path: Path | None = None, settings: Iterable[str] = (), base: Co
     flat: dict[str, Any] = dict(base.flat()) if base is not None else {}
     if path is not None:
         flat |= read_toml(path)
-    return from_flat(flat | read_settings(settings))
+    return from_flat({**flat, **read_settings(settings), **(fixed or {})})
 
 
 def read_settings(settings: Iterable[str]) -> dict[str, Scalar]:

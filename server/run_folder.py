@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from common.config import Config, load_config
 from common.errors import InputError
+from common.section import Scalar
 from common.store import write_atomically
 from server.trackers.chosen import Trackers
 
@@ -149,19 +150,29 @@ class RunFolder:
             stream.write(json.dumps(finite(line)) + "\n")
 
 
-def keys_of_run(config: Path | None, settings: Sequence[str], out: Path | None, *, resume: bool) -> Config:
+def keys_of_run(
+    config: Path | None,
+    settings: Sequence[str],
+    out: Path | None,
+    *,
+    resume: bool,
+    fixed: Mapping[str, Scalar] | None = None,
+) -> Config:
     """The keys that were given; to continue the run in ``out``, its own, and these may only repeat them or add rounds.
+
+    Args:
+        fixed: laid over those of a new run.
 
     Raises:
         InputError: a key is wrong, or differs from the run's.
     """
     if not resume:
-        return load_config(config, settings)
+        return load_config(config, settings, fixed=fixed)
     if out is None:
         raise InputError("--resume: give the run's folder with --out")
     kept = out / "config.toml"
     if not kept.is_file():  # killed before it began
-        return load_config(config, settings)
+        return load_config(config, settings, fixed=fixed)
     before = load_config(kept)
     keys = load_config(config, settings, base=before)
     check_resumed(before, keys, out)

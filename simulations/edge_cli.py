@@ -146,10 +146,11 @@ def run(  # noqa: PLR0917 (options of a command)
     """
     from server.edge_folder import EdgeFolder
     from server.run_folder import keys_of_run
-    from simulations.edge_run import run_on_edge
+    from simulations.edge_run import keys_of_clients, run_on_edge
 
-    keys = keys_of_run(config, settings or [], out, resume=resume)
-    run_on_edge(EdgeFolder.open(path), keys, out, resume=resume, least=least, wait=wait)
+    edge = EdgeFolder.open(path)
+    keys = keys_of_run(config, settings or [], out, resume=resume, fixed=keys_of_clients(edge))
+    run_on_edge(edge, keys, out, resume=resume, least=least, wait=wait)
 
 
 def _print_line(line: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, from_flat
+from common.config import Config, Scalar
 from common.corpus import load_corpus
 from common.edge import alone_in
 from common.errors import InputError, Interrupted, RunFailed
@@ -39,13 +39,14 @@ def run_on_edge(
     """Run a federation of real clients in the foreground and return its summary.
 
     Args:
+        config: with `keys_of_clients`, or a resumed run's.
         least: begin with so many clients when ``wait`` seconds are over; 0: with all that may take part, or not.
 
     Raises:
         InputError: nothing was started.
         RunFailed, Interrupted: the run folder says how far it came.
     """
-    config = for_edge(config, edge)
+    check_keys(config)
     with alone_in(edge.state, "run.lock", "another run of this federation goes on"):
         folder = RunFolder(out or default_folder(config), config, resume=resume)
 
@@ -85,14 +86,22 @@ class Absence:
         return now - self._since > LOST_SECONDS
 
 
-def for_edge(config: Config, edge: EdgeFolder) -> Config:
-    """The keys of a run whose private data are with the clients.
+def keys_of_clients(edge: EdgeFolder) -> dict[str, Scalar]:
+    """What a new run's keys say of clients on devices: who may take part, and that the private data are with them.
 
     Raises:
-        InputError: a key does not fit that.
+        InputError: nobody may.
     """
-    if config.task == "toy":
-        raise InputError("task = toy: real clients have texts of their own; give text, or a GLUE task")
+    clients = max(edge.admitted(), default=-1) + 1
+    if not clients:
+        raise InputError(f"{edge.path}: no client may take part; make one with `fedistill edge add-client`")
+    return {"data.private": AT_CLIENTS, "data.clients": clients, "data.partition": "natural"}
+
+
+def check_keys(config: Config) -> None:
+    """Raise `InputError` naming a key that does not fit clients on devices."""
+    if config.data.private != AT_CLIENTS:  # the keys are of a run that is resumed
+        raise InputError("--resume: this run was a simulation; go on with `fedistill simulate --resume`")
     if config.server.strategy in VOTING:
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: no public text is sent to devices; give another"
@@ -104,13 +113,6 @@ def for_edge(config: Config, edge: EdgeFolder) -> Config:
         raise InputError(
             f"student.model = {config.student.model!r}: a student of its own is not sent to devices; leave it out"
         )
-    clients = max(edge.admitted(), default=-1) + 1
-    if not clients:
-        raise InputError(f"{edge.path}: no client may take part; make one with `fedistill edge add-client`")
-    if config.data.private == AT_CLIENTS and config.data.clients:  # of a run that is resumed
-        clients = config.data.clients
-    flat = {**config.flat(), "data.private": AT_CLIENTS, "data.clients": clients, "data.partition": "natural"}
-    return from_flat(flat)
 
 
 def _attempt(  # noqa: PLR0917

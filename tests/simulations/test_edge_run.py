@@ -1,8 +1,42 @@
-"""How long a run waits for its SuperLink, and with whom it goes on."""
+"""Which keys a run of real clients has, how long it waits for its SuperLink, and with whom it goes on."""
 
+import numpy as np
+import pytest
+
+from common.config import load_config
+from common.errors import InputError
 from common.wire import Joined
+from server.edge_folder import init
+from server.run_folder import keys_of_run
 from simulations import edge_run
-from simulations.edge_run import LOST_SECONDS, Absence, with_other_data
+from simulations.edge_run import LOST_SECONDS, Absence, check_keys, keys_of_clients, with_other_data
+
+PUBLIC = ["task=text", "data.source=a.csv", "data.validation=b.csv", "data.text-columns=t", "data.label-column=l"]
+
+
+@pytest.mark.parametrize(
+    ("clients", "settings"),
+    [
+        (12, ["server.cohort=11"]),
+        (3, ["student.tiers=1/12/1536,2/12/1536", "student.tier-of=1,3,2", "student.layers=3"]),
+    ],
+)
+def test_keys_count_the_clients_that_may_take_part(tmp_path, clients, settings):
+    edge = init(tmp_path / "fed", "a", clients, 9092)
+    config = keys_of_run(None, [*PUBLIC, *settings], None, resume=False, fixed=keys_of_clients(edge))
+    check_keys(config)
+    assert config.data.clients == clients
+    assert len(np.unique(config.tier_of(clients))) == len(config.student.sizes) + 1
+
+
+def test_what_does_not_fit_devices_is_refused_by_name(tmp_path):
+    fixed = keys_of_clients(init(tmp_path / "fed", "a", 2, 9092))
+    with pytest.raises(InputError, match=r"cohort = 3: there are data\.clients = 2"):
+        keys_of_run(None, [*PUBLIC, "server.cohort=3"], None, resume=False, fixed=fixed)
+    with pytest.raises(InputError, match="task = 'toy': real clients have texts of their own"):
+        keys_of_run(None, [], None, resume=False, fixed=fixed)
+    with pytest.raises(InputError, match="this run was a simulation"):
+        check_keys(load_config(None, PUBLIC))
 
 
 def test_it_is_waited_for_from_when_it_was_missed(monkeypatch):
