@@ -48,12 +48,25 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
     data = prepare_dataset(config, source.folder, cache, progress, corpus)
     if corpus is not None or config.data.private != AT_CLIENTS:  # else a teacher alone is wanted, without clients
         check_clients(config, data)
-    public_text = apart_from(data, text)
-    if left_out := len(text) - len(public_text):
+    public_text = public_texts(config, data, text, progress)
+    check_head(source, data.task, len(data.public))
+    teacher = prepare_teacher(config, source, data, cache, progress)
+    model = load_teacher(teacher.folder).to(compute.device)
+    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, tuple(public_text))
+
+
+def public_texts(config: Config, data: FederatedDataset, text: list[str], progress: Progress) -> list[str]:
+    """Of the texts of ``data.public-text`` those that no client holds and no score is of.
+
+    Raises:
+        InputError: the student is to be warmed up on public text, and there is none.
+    """
+    found = apart_from(data, text)
+    if left_out := len(text) - len(found):
         progress.line(
             f"data.public-text: {left_out:,} of {len(text):,} left out: clients hold them, or scores are of them"
         )
-    if config.student.general_epochs and not public_text and not len(data.public):
+    if config.student.general_epochs and not found and not len(data.public):
         raise InputError(
             f"student.general-epochs = {config.student.general_epochs}: no public text; give data.public-text, or a "
             "larger data.public-fraction"
@@ -63,10 +76,7 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
             f"student.warm-epochs = {config.student.warm_epochs}: no example is public; give a larger "
             "data.public-fraction, or 0"
         )
-    check_head(source, data.task, len(data.public))
-    teacher = prepare_teacher(config, source, data, cache, progress)
-    model = load_teacher(teacher.folder).to(compute.device)
-    return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, tuple(public_text))
+    return found
 
 
 def check_clients(config: Config, data: FederatedDataset) -> None:

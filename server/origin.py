@@ -77,28 +77,41 @@ def open_origin(config: Config, lesson: Lesson, progress: Progress) -> Origin:
     model = load_teacher(source.folder, complete=not fresh, key=KEY, **fresh)
     config_hash = hash_file(source.folder / "config.json")  # other activations are another model of the same weights
     key = hash_json([hash_tensors(model.state_dict()), config_hash, tokenizer_hash(source.folder)])
-    mine, theirs = (_document(folder) for folder in (source.folder, lesson.teacher.folder))
-    _check_compared(config, model, mine, theirs)
-    tokens = data.train.tokens
-    if mine != theirs:
+    own_pieces, tokens = compare(config, model, source.folder, lesson.teacher.folder), data.train.tokens
+    if own_pieces:
         tokens = in_pieces_of(source.folder, data, cache_folder(config.runtime.cache), progress).train.tokens
-    return Origin(source.folder, model, tokens, key, mine != theirs, KEY)
+    return Origin(source.folder, model, tokens, key, own_pieces, KEY)
 
 
-def _check_compared(config: Config, model: Any, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise `InputError` where words, or first pieces, would be compared that are not the same."""
+def compare(config: Config, model: Any, folder: Path, teacher: Path) -> bool:
+    """Whether the origin cuts text in another way than the teacher.
+
+    Args:
+        model: the origin; its weights are not read.
+        folder, teacher: where their tokenizers lie.
+
+    Raises:
+        InputError: words, or first pieces, would be compared that are not the same.
+    """
+    check_first_piece(config, model, KEY)
+    mine, theirs = _document(folder), _document(teacher)
     distill = config.distill
-    if distill.cls_weight > 0 and family_of(model).reads_last:
-        raise InputError(
-            f"distill.cls-weight = {distill.cls_weight}: {KEY} reads from left to right, so that a text's first piece "
-            "knows nothing of the others; give 0, or distill.hidden-weight"
-        )
     weights = [f"{part}-weight" for part in BY_PLACE if getattr(distill, f"{part}_weight") > 0]
     if weights and _words(mine) != _words(theirs):
         raise InputError(
             f"distill.{weights[0]}: the tokenizer of {KEY} = {config.student.model!r} splits text into other words "
             "than the teacher's, and states are compared word by word; give 0, or a model whose tokenizer is of the "
             "teacher's kind"
+        )
+    return mine != theirs
+
+
+def check_first_piece(config: Config, model: Any, name: str) -> None:
+    """Raise `InputError` where a text's first piece is compared, and the model has not read the others by then."""
+    if config.distill.cls_weight > 0 and family_of(model).reads_last:
+        raise InputError(
+            f"distill.cls-weight = {config.distill.cls_weight}: {name} reads from left to right, so that a text's "
+            "first piece knows nothing of the others; give 0, or distill.hidden-weight"
         )
 
 

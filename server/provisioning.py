@@ -127,13 +127,20 @@ def teacher_config(config: Config, source: TeacherSource) -> Any:
 
 
 def run_shape(
-    config: Config, source: TeacherSource, whole: Any, layers: tuple[int, ...], teacher_parameters: int = 0
+    config: Config,
+    source: TeacherSource,
+    whole: Any,
+    layers: tuple[int, ...],
+    *,
+    teacher_parameters: int = 0,
+    beside: Any = None,
 ) -> Shape:
     """The shape of the run's own student; which pieces, heads and neurons it keeps does not matter here.
 
     Args:
         source, whole: what it is cut from, and the configuration of that.
         teacher_parameters: the teacher's, where the student is cut from another model; 0: it is cut from the teacher.
+        beside: the configuration of what the student learns from; None: of what it is cut from.
     """
     keys, shape = config.student, Shape.whole(whole, layers)
     pieces = shape.pieces
@@ -148,7 +155,8 @@ def run_shape(
         pieces = fitting_pieces(config, model, layers, load_tokenizer(source.folder), teacher) or pieces
     shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
     check_width(config, shape, whole)
-    make_recipe(config, 1, narrowed(config, shape), whole, regression=False)  # whether its losses can train it
+    # whether its losses can train it
+    make_recipe(config, 1, narrowed(config, shape), beside or whole, regression=False)
     return narrowed(config, shape)
 
 

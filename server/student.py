@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from common.config import Config
 from common.dataset import load_tokenizer, tokenizer_hash
 from common.errors import InputError
-from common.families import embedding_width, family_of, head_count, neuron_count
+from common.families import embedding_width, head_count, neuron_count
 from common.hashing import hash_json, runtime_fingerprint
 from common.models import choose_layers, count_parameters
 from common.progress import Progress
@@ -31,7 +31,7 @@ from common.tokens import tokenize
 from common.vocabulary import choose_pieces, save_trimmed
 from server.fitting import fitting_pieces
 from server.lesson import Lesson
-from server.origin import Origin
+from server.origin import Origin, check_first_piece
 from server.tiered import check_tiers
 from server.warm_start import warm_key, warm_up, warms
 
@@ -65,11 +65,7 @@ def prepare_student(config: Config, lesson: Lesson, origin: Origin, progress: Pr
         InputError: a key asks for more than the teacher has.
     """
     keys, model, teacher = config.student, origin.model, lesson.model.config
-    if config.distill.cls_weight > 0 and family_of(lesson.model).reads_last:
-        raise InputError(
-            f"distill.cls-weight = {config.distill.cls_weight}: this teacher reads from left to right, so that a "
-            "text's first piece knows nothing of the others; give 0, or distill.hidden-weight"
-        )
+    check_first_piece(config, lesson.model, "this teacher")
     layers = choose_layers(keys.layer_selection, keys.layers, model.config.num_hidden_layers)
     tokenizer = load_tokenizer(origin.folder)
     pieces = _pieces(config, lesson, origin, layers, progress)

@@ -26,18 +26,27 @@ from common.keys import AT_CLIENTS, VOTING
 from common.models import choose_layers
 from common.nested import Tiers
 from common.progress import Progress
+from common.public_text import load_public_text
 from common.size import Size, forward_flops, size_of, training_flops
 from common.slim import Shape, build
 from common.store import cache_folder
 from server.history import shape_figures
-from server.lesson import check_clients
+from server.lesson import check_clients, public_texts
 from server.masked import prepare_masked_teacher
-from server.origin import find_origin
+from server.origin import KEY, check_first_piece, compare, find_origin
 from server.preparation import check_windows, mentor_layers
 from server.provisioning import run_shape, teacher_config
 from server.report.words import size as weight
 from server.shards import label_counts
-from server.teacher import TeacherSource, check_head, check_length, find_teacher, labelled_rows, tuned_folder
+from server.teacher import (
+    TeacherSource,
+    check_head,
+    check_labels,
+    check_length,
+    find_teacher,
+    labelled_rows,
+    tuned_folder,
+)
 from server.tiered import check_tiers
 from simulations.display import console_on, progress_for
 from simulations.planned_privacy import planned_privacy
@@ -99,18 +108,22 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
     source = find_teacher(config.teacher.model)
     check_length(source, config.data.max_length)
     check_windows(config)
+    text = load_public_text(config)
     data = prepare_dataset(config, source.folder, cache_folder(config.runtime.cache), progress)
     check_clients(config, data)
+    public_texts(config, data, text, progress)
     check_head(source, data.task, len(data.public))
     origin = find_origin(config) or source
     whole, teacher = _model_config(config, origin, data), _model_config(config, source, data)
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
     teacher_size = size_of(teacher, Shape.whole(teacher, tuple(range(source.layers))))
-    shape = run_shape(config, origin, whole, layers, teacher_size.parameters)
+    beside = copy.deepcopy(teacher)  # the student, while it learns
+    beside.num_hidden_layers = mentor_layers(config, source.layers)
+    shape = run_shape(config, origin, whole, layers, teacher_parameters=teacher_size.parameters, beside=beside)
+    _check_compared(config, source, origin, data, (teacher, whole))
     check_tiers(config, shape, teacher, data)
     if config.distill.general_rounds:
         prepare_masked_teacher(source)
-    mentor_layers(config, source.layers)
     size = size_of(whole, shape, config.student.train_embeddings)
     trained = _trained(config, whole, shape, int(teacher.hidden_size))
     names, counts = label_counts(data)
@@ -162,6 +175,18 @@ def _model_config(config: Config, source: TeacherSource, data: FederatedDataset)
     found = teacher_config(config, source)
     found.num_labels = data.task.num_labels
     return found
+
+
+def _check_compared(
+    config: Config, source: TeacherSource, origin: TeacherSource, data: FederatedDataset, plans: tuple[Any, Any]
+) -> None:
+    """Raise `InputError` where states would be compared that cannot be; ``plans``: of the teacher and the origin."""
+    with torch.device("meta"):
+        model, cut = (build(plan, Shape.whole(plan, tuple(range(plan.num_hidden_layers)))) for plan in plans)
+    check_first_piece(config, model, "this teacher")
+    if config.student.model:
+        check_labels(origin, data.task, KEY)
+        compare(config, cut, origin.folder, source.folder)
 
 
 def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, Scalar
+from common.config import Config
 from common.corpus import load_corpus
 from common.edge import alone_in
 from common.errors import InputError, Interrupted, RunFailed
 from common.keys import AT_CLIENTS, VOTING
 from common.progress import Progress
+from common.section import Scalar
 from common.store import write_atomically
 from common.wire import Joined
 from server.app import default_folder

@@ -158,3 +158,38 @@ def test_texts_of_others_are_not_described():
 
 def test_times_are_told_in_words():
     assert [spoken(seconds) for seconds in (3.21, 42.4, 240.0, 9000.0)] == ["3.2 s", "42 s", "4 min", "2.5 h"]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "no text": {"data.public-text": "nowhere.txt"},
+    "no example to warm up on": {"labels": 2, "data.public-fraction": 0.0, "student.warm-epochs": 1},
+    "no text to warm up on": {"labels": 2, "data.public-fraction": 0.0, "student.general-epochs": 1},
+    "a layer that the mentor has not": {
+        "server.strategy": "fedkd",
+        "client.mentor-layers": 1,
+        "distill.hidden-layers": "1:1",
+    },
+    "a head of another task": {"origin": 3},
+    "layers that the teacher has not": {"origin": 0, "distill.hidden-layers": "1:4", "distill.hidden-weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_run_refuses_is_refused(tmp_path, keys, name):
+    given = {**keys, **REFUSED[name]}
+    if labels := given.pop("labels", 0):
+        given["teacher.model"] = str(make_teacher(tmp_path / "ready", labels=labels))
+    if (labels := given.pop("origin", None)) is not None:
+        given["student.model"] = str(make_teacher(tmp_path / "origin", labels=labels, layers=5, seed=1))
+    config = from_flat(given)
+    with pytest.raises(InputError) as run:
+        prepare(config, Silent())
+    with pytest.raises(InputError) as described:
+        examine(config, Silent())
+    assert str(described.value) == str(run.value)
+
+
+def test_layers_are_paired_with_those_of_the_teacher_though_the_student_is_of_another_model(tmp_path, keys):
+    keys["teacher.model"] = str(make_teacher(tmp_path / "deep", labels=0, layers=4))
+    keys["student.model"] = str(make_teacher(tmp_path / "shallow", labels=0, layers=2, seed=1))
+    assert examine(from_flat({**keys, "distill.hidden-layers": "1:3", "distill.hidden-weight": 1.0}), Silent())
