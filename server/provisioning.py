@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.config import Config
+from common.config import Config, changed
 from common.cost import Cost, Work, predict_cost
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
@@ -76,6 +76,19 @@ class Lattice:
 
     students: tuple[Candidate, ...]
     teacher: Size
+
+
+@dataclass(frozen=True)
+class Together:
+    """How devices with different students learn together.
+
+    Attributes:
+        keys: `student.tiers` and `student.tier-of`; empty where one student fits all, and where they cannot.
+        refused: why they cannot; empty: they can, or need not.
+    """
+
+    keys: dict[str, str]
+    refused: str
 
 
 def make_lattice(config: Config, source: TeacherSource) -> Lattice:
@@ -238,13 +251,22 @@ def _inside_one_another(fitting: Mapping[str, Sequence[Candidate]], place: Mappi
     return found
 
 
-def tier_keys(lattice: Lattice, devices: Sequence[Candidate]) -> dict[str, str]:
-    """`student.tiers` and `student.tier-of` for clients with these students; empty where all hold the whole."""
+def learn_together(config: Config, lattice: Lattice, devices: Sequence[Candidate]) -> Together:
+    """The keys for clients with these students, in this order."""
     whole = lattice.students[0].name
-    smaller = [student.name for student in reversed(lattice.students) if student in devices and student.name != whole]
-    names = [*smaller, whole]
-    held = ",".join(str(1 + names.index(student.name)) for student in devices)
-    return {"student.tiers": ",".join(smaller), "student.tier-of": held} if smaller else {}
+    held = [student.name for student in lattice.students if student in devices]  # the largest first
+    if not held or held == [whole]:
+        return Together({}, "")
+    if held[0] != whole:
+        told = f"to learn together, give student.layers, heads and neurons of {held[0]}"
+        return Together({}, f"no device holds the run's own student {whole} beside the others': {told}")
+    names = held[::-1]
+    try:  # as tiers that are drawn: how many clients hold each is not said yet
+        changed(config, {"student.tiers": ",".join(f"{name}@{1 / len(names):.3f}" for name in names[:-1])})
+    except InputError as error:
+        return Together({}, str(error))
+    own = ",".join(str(1 + names.index(student.name)) for student in devices)
+    return Together({"student.tiers": ",".join(names[:-1]), "student.tier-of": own}, "")
 
 
 def _lies_inside(small: Candidate, large: Candidate) -> bool:

@@ -20,7 +20,16 @@ from common.devices import load_profiles
 from common.errors import InputError
 from common.tokens import check_stride
 from server.history import shape_figures
-from server.provisioning import Candidate, Choice, Lattice, choose_student, fit_tiers, make_lattice, tier_keys
+from server.provisioning import (
+    Candidate,
+    Choice,
+    Lattice,
+    Together,
+    choose_student,
+    fit_tiers,
+    learn_together,
+    make_lattice,
+)
 from server.teacher import check_length, find_teacher
 from simulations.display import console_on, progress_for
 
@@ -54,11 +63,12 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
     for name, choice in choices.items():
         console.print(refusal_table(name, choice))
     tiers = fit_tiers(lattice, choices, work)
-    for line in tier_lines(tiers, lattice):
+    together = learn_together(config, lattice, list(tiers.values()))
+    for line in tier_lines(tiers, together):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         try:
-            out.write_text(json.dumps(to_json(choices, tiers, lattice, work, found), indent=2))
+            out.write_text(json.dumps(to_json(choices, tiers, together, lattice, work, found), indent=2))
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
 
@@ -99,17 +109,13 @@ def refusal_table(name: str, choice: Choice) -> Table | Text:
     return table
 
 
-def tier_lines(tiers: Mapping[str, Candidate], lattice: Lattice) -> list[str]:
-    """The keys by which these devices learn together, as TOML; none where one student fits all."""
-    keys, whole = tier_keys(lattice, list(tiers.values())), lattice.students[0].name
-    if not keys:
+def tier_lines(tiers: Mapping[str, Candidate], together: Together) -> list[str]:
+    """The keys by which these devices learn together, as TOML, or why they cannot; none where one student fits all."""
+    if together.refused:
+        return [f"\nno tiers: {together.refused}"]
+    if not together.keys:
         return []
-    held = {student.name for student in tiers.values()}
-    if whole not in held:
-        largest = next(student.name for student in lattice.students if student.name in held)
-        told = f"to learn together, give student.layers, heads and neurons of {largest}"
-        return [f"\nno device holds the run's own student {whole} beside the others': {told}"]
-    entries = [f"{key.removeprefix('student.')} = {json.dumps(value)}" for key, value in keys.items()]
+    entries = [f"{key.removeprefix('student.')} = {json.dumps(value)}" for key, value in together.keys.items()]
     told = "(all keep to their budgets with the smaller students inside their own, which the table leaves out)"
     return [f"\nto learn together, clients in this order: {', '.join(tiers)}", told, "[student]", *entries]
 
@@ -127,7 +133,12 @@ def probe_line(found: Measured) -> str:
 
 
 def to_json(
-    choices: dict[str, Choice], tiers: Mapping[str, Candidate], lattice: Lattice, work: Work, found: Measured | None
+    choices: dict[str, Choice],
+    tiers: Mapping[str, Candidate],
+    together: Together,
+    lattice: Lattice,
+    work: Work,
+    found: Measured | None,
 ) -> dict[str, Any]:
     """All figures."""
 
@@ -156,7 +167,8 @@ def to_json(
         "work": asdict(work),
         "tiers": {
             "students": {name: student.name for name, student in tiers.items()},
-            **tier_keys(lattice, list(tiers.values())),
+            **together.keys,
+            "refused": together.refused or None,
         },
         "probe": found.to_json() if found is not None else None,
         "devices": devices,
