@@ -5,8 +5,10 @@ An update u has N entries in named arrays. A wire kind replaces it by C(u), whic
     fp32   C(u) = u                                                              4 bytes an entry
     fp16   rounded to the nearest float16                                        2
     int8   s floor(u / s + r), r uniform in [0, 1), s = max |row| / 127          1, and 4 a row: E C(u) = u
-    topk   the share k of the whole update's entries that are largest            3 an entry kept, and N / 255
-    svd    per matrix the least rank r that keeps a share E of its squares       2 r (m + n) for an m x n matrix
+    topk   the share k of the whole update's entries that are largest            3 an entry kept, and N / 255; where
+                                                                                 k < 1 / 255: 4, and 2 N / 65535
+    svd    per matrix the least rank r that keeps a share E of its squares       2 r (m + n) for an m x n matrix, where
+                                                                                 that is less than fp16's
 
 int8 is QSGD's stochastic rounding (Alistarh et al. 2017, https://arxiv.org/abs/1610.02132), topk is sparsified SGD
 (Stich et al. 2018, https://arxiv.org/abs/1809.07599), svd is the dynamic gradient approximation of FedKD (Wu et al.
@@ -129,6 +131,25 @@ def decompress(parts: Mapping[str, NDArray[Any]], shapes: Shapes, wire: Wire) ->
 def size(parts: Mapping[str, NDArray[Any]]) -> int:
     """Bytes of the parts' data, without the names and headers that a message adds."""
     return sum(part.nbytes for part in parts.values())
+
+
+def entry_bytes(kind: Kind, topk: float) -> float:
+    """Bytes for each entry of an update, at most, without what rows and arrays share: a scale.
+
+    What svd sends depends on the update; this is as if nothing were saved.
+    """
+    match kind:
+        case "fp32":
+            return 4.0
+        case "fp16" | "svd":
+            return 2.0
+        case "int8":
+            return 1.0
+        case "topk":
+            escape, dtype = _gap_code(topk)
+            return topk * (2 + dtype.itemsize) + dtype.itemsize / escape
+        case _:
+            assert_never(kind)
 
 
 # --- int8: a scale per row, rounding up with the probability of the remainder ---

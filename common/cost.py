@@ -2,7 +2,8 @@
 
     training memory    4 (P_teacher + P_held) + c P_trained + max(activations, the teacher's forward pass) + 50 MB,
         c = 4 the round's weights + 4 gradients + 8 AdamW's moments + 4 the update + 8 its exact sum; the activations
-        with one layer's tensors in flight, and in bf16 copies of the weights, 2 P_trained
+        with one layer's tensors in flight, and in bf16 copies of the weights, 2 P_trained. Their sum instead of the
+        larger one where the teacher runs beside the student; without moments where the optimizer is SGD
     latency            forward operations / rate + layers x fixed time, of one sentence; the windows of a longer text
         are rows that pass together
     computing          (operations / rate + layers x fixed time) over all that passes in a round: a forward pass over
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from common.compression import entry_bytes, wire_for
 from common.config import Config
 from common.devices import DeviceProfile
 from common.inference import ROWS
@@ -39,9 +41,6 @@ from common.size import (
 
 # padded pieces for each piece of text, in token-budget batches of 1,024: 14 % of them are padding (SST-2, measured)
 PADDING = 1 / (1 - 0.14)
-# bytes that travel up for each trained weight; topk's share k comes on top of its gaps' least bytes, and what svd sends
-# depends on the update: it is taken as if nothing were saved
-UP = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "topk": 1 / 255, "svd": 4.0}
 # added because peak memory was 22 to 55 MB above the rest of the formula, for four small encoders on one machine; what
 # takes it was not looked into, and the constant was not tried on others
 BUFFERS = 50_000_000
@@ -67,7 +66,8 @@ class Work:
         teaches: whether the smaller students inside a larger one are trained along with it.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
-        entry_bytes: bytes up for each trained weight.
+        entry_bytes: bytes up for each trained weight, at most.
+        adaptive: whether the optimizer keeps moments.
     """
 
     epochs: int
@@ -85,6 +85,7 @@ class Work:
     scored: float = 1.0
     heldout: float = 0.0
     teaches: bool = True
+    adaptive: bool = True
 
     def down_bytes(self, trained: int) -> float:
         """To a device of its own in a round, of so many trained weights: to train them, and again to score them."""
@@ -114,7 +115,7 @@ class Work:
             bf16=keys.precision == "bf16",  # auto: the device decides; fp32 takes more memory
             deep=distill.hidden_weight + distill.cls_weight + distill.relation_weight > 0,
             packed=packed,
-            entry_bytes=SUM if packed else UP[server.wire] + 3 * server.topk * (server.wire == "topk"),
+            entry_bytes=SUM if packed else entry_bytes(wire_for(server, 1, config.rounds).kind, server.topk),
             micro_budget=max(keys.micro_budget, 0),  # where a device looks for its own: no more than a batch
             windows=config.data.windows,
             stride=config.data.stride,
@@ -123,6 +124,7 @@ class Work:
             scored=config.scored_share,
             heldout=config.data.holdout_fraction / (1 - config.data.holdout_fraction),
             teaches=config.teaches_inside,
+            adaptive=keys.optimizer == "adamw",
         )
 
 
@@ -240,7 +242,7 @@ def training_bytes(part: Part, teacher: Size, work: Work) -> int:
     """The most memory a round takes, when a batch is filled with the longest examples."""
     pieces = max(work.passing, work.longest * work.windows)  # the windows of a text pass together
     read = ROWS * work.longest  # a block of the teacher's
-    per_trained = 4 + 4 + 8 + 4 + (8 if work.packed else 0)
+    per_trained = 4 + 4 + (8 if work.adaptive else 0) + 4 + (8 if work.packed else 0)
     together = (part.size, *part.inner)
     copies = 2 * sum(one.trained for one in together) if work.bf16 else 0
     kept = sum(activation_bytes(one, pieces, work.longest, work.bf16) for one in together)

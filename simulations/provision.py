@@ -68,7 +68,7 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         try:
-            out.write_text(json.dumps(to_json(choices, tiers, together, lattice, work, found), indent=2))
+            out.write_text(json.dumps(to_json(choices, (tiers, together), lattice, work, found), indent=2))
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
 
@@ -134,13 +134,13 @@ def probe_line(found: Measured) -> str:
 
 def to_json(
     choices: dict[str, Choice],
-    tiers: Mapping[str, Candidate],
-    together: Together,
+    tiered: tuple[Mapping[str, Candidate], Together],
     lattice: Lattice,
     work: Work,
     found: Measured | None,
 ) -> dict[str, Any]:
     """All figures."""
+    tiers, together = tiered
 
     def figures(student: Candidate, cost: Cost) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.compression import Wire, compress, decompress, size, wire_for
+from common.compression import Wire, compress, decompress, entry_bytes, size, wire_for
 from common.fixed_point import NotFinite
 from common.keys import ServerKeys
 
@@ -106,6 +106,15 @@ def test_an_update_that_is_read_only_or_not_contiguous_is_as_good(kind):
 def test_bytes_of_an_update_of_minilm(kind, ratio):
     update = draw(MINILM)
     assert size(compress(update, wire(kind), np.random.default_rng(0))) <= ratio * size(update)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.02, 1 / 255, 0.001])
+def test_no_update_takes_more_bytes_than_are_told(kind, share):
+    update = draw({"a": (300, 200), "b": (70, 1000)})
+    entries, scales = 130_000, 4 * (300 + 70)  # a scale a row, or one an array
+    told = entry_bytes(kind, share) * entries
+    assert 0.7 * told <= size(compress(update, wire(kind, topk=share), np.random.default_rng(0))) <= told + scales
 
 
 def test_a_low_rank_update_takes_few_bytes_and_a_full_rank_one_no_more_than_float16():

@@ -234,6 +234,13 @@ def test_the_wire_decides_what_travels_up():
     assert cost_of({})[0].up_mb == pytest.approx(2 * plain)  # exact sums are int64
     assert cost_of({}, server__wire="fp16")[0].up_mb == pytest.approx(plain / 2)
     assert cost_of({}, server__wire="int8")[0].up_mb == pytest.approx(plain / 4)
+    assert cost_of({}, server__wire="svd")[0].up_mb == pytest.approx(plain / 2)
+    assert cost_of({}, server__wire="topk", server__topk=0.01)[0].up_mb == pytest.approx(plain / 4 * (0.03 + 1 / 255))
+
+
+def test_plain_steps_need_no_moments():
+    adaptive, plain = cost_of({})[0], cost_of({}, client__optimizer="sgd")[0]
+    assert adaptive.training_mb - plain.training_mb == pytest.approx(8 * reference().trained / 1e6)
 
 
 def test_losses_on_inner_states_cost_the_teacher_beside_the_student():
