@@ -4,10 +4,11 @@ With w_k the models of the round's cohort S and f(w, x) a model's logits on a pu
 
     w_0 = sum_k n_k w_k / sum_k n_k                                      FedAvg
     t(x) = 1/|S| sum_k f(w_k, x)                                         the ensemble: all clients count the same
-    w_(j+1) = w_j - eta grad KL(softmax(t(x) / T) || softmax(f(w_j, x) / T))
+    w_(j+1) = w_j - eta grad T^2 KL(softmax(t(x) / T) || softmax(f(w_j, x) / T))
 
 The public text is the federation's public split; its labels are not read. T is distill.temperature (1 in the paper).
-For a task that predicts a score the KL becomes a squared error.
+For a task of several labels there is a KL for each of them, and for one that predicts a score a squared error. A step
+is AdamW's, where the paper has Adam; over a round's steps eta falls to a tenth (`common.public`).
 
 A client's model is what the server can know of it: the round's weights plus the update as it arrived, whatever the
 wire left out. The cohort's updates are kept until the round's end, in float32: memory of one student for each client
