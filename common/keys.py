@@ -110,8 +110,8 @@ class StudentKeys(Section):
     embedding_rank: int = Field(0, ge=0, description="rank of the word embedding as a product of two matrices; 0: one")
     target_ratio: Fraction = Field(
         0.0,
-        description="the student gets this share of the teacher's parameters: its vocabulary is trimmed, to this share "
-        "of the pieces at least, and where that is not enough, `heads` and `neurons` left at 0 are fewer; 0: not",
+        description="the student gets this share of the teacher's parameters: its vocabulary is trimmed. Where it "
+        "would keep less than this share of the pieces, `heads` and `neurons` become fewer, if left at 0; 0: not",
     )
     warm_epochs: int = Field(0, ge=0, le=1000, description="passes over the public split before round 1")
     warm_lr: Rate = Field(3e-4, description="AdamW learning rate of these; it falls to a tenth")

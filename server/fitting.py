@@ -2,9 +2,12 @@
 
 Half of a small model is its word embedding, and the student is to be small in the same proportions: it keeps at least
 the teacher's number of word pieces times the ratio. Where its layers leave less room than that, they keep fewer heads
-and neurons, the same share of both, as far as the keys leave these open. The vocabulary takes what is then left.
+and neurons, the same share of both, as far as the keys leave these open. The vocabulary takes what is then left. With a
+factored embedding pieces are so cheap that one head less can make room for more than all of them: then the neurons are
+chosen by themselves. Where the keys give heads and neurons, the vocabulary alone takes what is left.
 """
 
+from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +34,24 @@ def fit_width(config: Config, model: Any, layers: tuple[int, ...], teacher: int)
     keys, most = config.student, head_count(model.config)
     if not keys.target_ratio or (keys.heads and keys.neurons):
         return config
-    fitting, vocabulary = config, model.config.vocab_size
+    vocabulary = model.config.vocab_size
+    fewest = keys.target_ratio * vocabulary
+
+    def room(config: Config) -> float:
+        return _room(config, model, layers, teacher)
+
+    fitting = config
     for heads in range(most - 1, 0, -1):
-        if _room(fitting, model, layers, teacher) >= keys.target_ratio * vocabulary:
+        if room(fitting) >= fewest:
             break
         neurons = max(neuron_count(model.config) * heads // most, 1)
-        width = {"heads": keys.heads or heads, "neurons": keys.neurons or neurons}
-        narrower = config.model_copy(update={"student": keys.model_copy(update=width)})
-        if _room(narrower, model, layers, teacher) > vocabulary:
-            break  # with all pieces it would be too small
+        narrower = _of_width(config, heads, neurons)
+        if room(narrower) > vocabulary:  # with all pieces it would be too small: its neurons are chosen by themselves
+            wider = range(neurons, neuron_count(model.config) + 1)  # the more of them, the less room
+            place = bisect_right(wider, -fewest, key=lambda count: -room(_of_width(config, heads, count))) - 1
+            narrower = _of_width(config, heads, wider[place])
+            fitting = narrower if room(narrower) <= vocabulary else fitting
+            break
         fitting = narrower
     if fitting is config:
         return config
@@ -49,6 +61,13 @@ def fit_width(config: Config, model: Any, layers: tuple[int, ...], teacher: int)
         raise InputError(
             f"student.target-ratio = {keys.target_ratio}: for that heads and neurons have to go; {error}"
         ) from None
+
+
+def _of_width(config: Config, heads: int, neurons: int) -> Config:
+    """The keys with these where they leave them open; not checked against the others."""
+    keys = config.student
+    width = {"heads": keys.heads or heads, "neurons": keys.neurons or neurons}
+    return config.model_copy(update={"student": keys.model_copy(update=width)})
 
 
 def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], tokenizer: Any, teacher: int) -> int:

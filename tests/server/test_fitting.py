@@ -31,8 +31,8 @@ def fitted(model, layers, **keys):
     return fit_width(from_flat(flat), model, kept, count_parameters(model)).student
 
 
-def room(model, layers, heads, neurons, ratio):
-    """Rows of the word embedding that are left of the target, by formulas of a BERT of this width."""
+def room(model, layers, heads, neurons, *, ratio, rank=0):
+    """Rows of the word embedding, or of its factor, that are left of the target; by formulas of a BERT's width."""
     whole = model.config
     size, inner = whole.hidden_size, heads * whole.hidden_size // whole.num_attention_heads
     attention = 3 * (size * inner + inner) + inner * size + size
@@ -40,7 +40,7 @@ def room(model, layers, heads, neurons, ratio):
     rest = layers * (attention + forward + 4 * size)
     rest += (whole.max_position_embeddings + whole.type_vocab_size) * size + 2 * size  # embeddings but for words
     rest += size * size + size + 2 * size + 2  # pooler and head
-    return (ratio * count_parameters(model) - rest) / size
+    return (ratio * count_parameters(model) - rest - rank * size) / (rank or size)
 
 
 @pytest.mark.parametrize(
@@ -52,22 +52,33 @@ def test_it_is_the_widest_student_whose_vocabulary_keeps_its_share(sizes, layers
     found = fitted(model, layers, target_ratio=ratio)
     most, neurons = sizes["num_attention_heads"], sizes["intermediate_size"]
     assert found.neurons == neurons * found.heads // most
-    assert room(model, layers, found.heads, found.neurons, ratio) >= ratio * 30_522
+    assert room(model, layers, found.heads, found.neurons, ratio=ratio) >= ratio * 30_522
     wider = found.heads + 1
-    assert room(model, layers, wider, neurons * wider // most, ratio) < ratio * 30_522
+    assert room(model, layers, wider, neurons * wider // most, ratio=ratio) < ratio * 30_522
 
 
 def test_what_trimming_alone_reaches_or_the_keys_say_already_stays():
     model = empty(MINILM)
     found = fitted(model, 3, target_ratio=0.6)
     assert (found.heads, found.neurons) == (0, 0)
-    assert room(model, 3, 12, 1536, 0.6) >= 0.6 * 30_522
+    assert room(model, 3, 12, 1536, ratio=0.6) >= 0.6 * 30_522
     found = fitted(model, 6, target_ratio=0.4, heads=6, neurons=512)
     assert (found.heads, found.neurons) == (6, 512)
     assert fitted(model, 6).heads == 0
     found = fitted(model, 6, target_ratio=0.4, neurons=256)
     assert (found.heads, found.neurons) == (9, 256)
-    assert room(model, 6, 9, 256, 0.4) >= 0.4 * 30_522 > room(model, 6, 10, 256, 0.4)
+    assert room(model, 6, 9, 256, ratio=0.4) >= 0.4 * 30_522 > room(model, 6, 10, 256, ratio=0.4)
+
+
+@pytest.mark.parametrize(("sizes", "layers"), [(MINILM, 6), (MINILM, 4), (BERT, 6), (BERT, 12)])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_where_a_head_is_worth_all_pieces_the_neurons_are_chosen_by_themselves(sizes, layers, rank):
+    model = empty(sizes)
+    found = fitted(model, layers, target_ratio=0.3, embedding_rank=rank)
+    left = room(model, layers, found.heads, found.neurons, ratio=0.3, rank=rank)
+    assert 0.3 * 30_522 <= left <= 30_522
+    if found.neurons != sizes["intermediate_size"] * found.heads // sizes["num_attention_heads"]:
+        assert room(model, layers, found.heads, found.neurons + 1, ratio=0.3, rank=rank) < 0.3 * 30_522
 
 
 def test_a_width_that_other_keys_do_not_allow_is_refused_with_both_reasons():
