@@ -2,8 +2,8 @@
 
     training memory    4 (P_teacher + P_held) + c P_trained + max(activations, the teacher's forward pass) + 50 MB,
         c = 4 the round's weights + 4 gradients + 8 AdamW's moments + 4 the update + 8 its exact sum; the activations
-        with one layer's tensors in flight, and in bf16 copies of the weights, 2 P_trained. Their sum instead of the
-        larger one where the teacher runs beside the student; without moments where the optimizer is SGD
+        with one layer's tensors in flight, and in bf16 copies of the weights, 2 P_trained. Where the teacher runs
+        beside the student, the sum of both passes instead of the larger; where the optimizer is SGD, no moments
     latency            forward operations / rate + layers x fixed time, of one sentence; the windows of a longer text
         are rows that pass together
     computing          (operations / rate + layers x fixed time) over all that passes in a round: a forward pass over
@@ -66,7 +66,7 @@ class Work:
         teaches: whether the smaller students inside a larger one are trained along with it.
         deep: whether the teacher runs beside the student.
         packed: whether the update travels as an exact sum.
-        entry_bytes: bytes up for each trained weight, at most.
+        entry_bytes: bytes up for each trained weight, at most, without scales.
         adaptive: whether the optimizer keeps moments.
     """
 

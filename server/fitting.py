@@ -3,12 +3,14 @@
 Half of a small model is its word embedding, and the student is to be small in the same proportions: it keeps at least
 the teacher's number of word pieces times the ratio. Where its layers leave less room than that, they keep fewer heads
 and neurons, the same share of both, as far as the keys leave these open. The vocabulary takes what is then left. With a
-factored embedding pieces are so cheap that one head less can make room for more than all of them: then the neurons are
-chosen by themselves. Where the keys give heads and neurons, the vocabulary alone takes what is left.
+factored embedding pieces are so cheap that one head less can make room for more than all of them: then the number of
+neurons is chosen separately. Where the keys give heads and neurons, the vocabulary alone takes what is left.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,29 +33,28 @@ def fit_width(config: Config, model: Any, layers: tuple[int, ...], teacher: int)
     Raises:
         InputError: fewer heads and neurons do not go with the other keys.
     """
-    keys, most = config.student, head_count(model.config)
+    keys, most, every = config.student, head_count(model.config), neuron_count(model.config)
     if not keys.target_ratio or (keys.heads and keys.neurons):
         return config
     vocabulary = model.config.vocab_size
     fewest = keys.target_ratio * vocabulary
 
-    def room(config: Config) -> float:
-        return _room(config, model, layers, teacher)
+    def of(heads: int, neurons: int) -> Config:
+        width = {"heads": keys.heads or heads % most, "neurons": keys.neurons or neurons % every}  # 0: all
+        return config.model_copy(update={"student": keys.model_copy(update=width)})
 
-    fitting = config
-    for heads in range(most - 1, 0, -1):
-        if room(fitting) >= fewest:
-            break
-        neurons = max(neuron_count(model.config) * heads // most, 1)
-        narrower = _of_width(config, heads, neurons)
-        if room(narrower) > vocabulary:  # with all pieces it would be too small: its neurons are chosen by themselves
-            wider = range(neurons, neuron_count(model.config) + 1)  # the more of them, the less room
-            place = bisect_right(wider, -fewest, key=lambda count: -room(_of_width(config, heads, count))) - 1
-            narrower = _of_width(config, heads, wider[place])
-            fitting = narrower if room(narrower) <= vocabulary else fitting
-            break
-        fitting = narrower
-    if fitting is config:
+    def room(heads: int, neurons: int) -> float:
+        return _room(of(heads, neurons), model, layers, teacher)
+
+    steps = [(heads, max(every * heads // most, 1)) for heads in range(most, 0, -1)]
+    place = bisect_left(steps, fewest, key=lambda step: room(*step))
+    found = steps[min(place, most - 1)]
+    if place and not fewest <= room(*found) <= vocabulary:  # one step leaves too little room, the next too much
+        heads, neurons = steps[place - 1]
+        choices = [(heads, range(1, neurons + 1)), *((one, range(few, every + 1)) for one, few in steps[place:][:1])]
+        found = _between(choices, room, fewest, vocabulary) or steps[place - 1]
+    fitting = of(*found)
+    if fitting.student == keys:
         return config
     try:
         return changed(config, {f"student.{name}": getattr(fitting.student, name) for name in ("heads", "neurons")})
@@ -63,11 +64,21 @@ def fit_width(config: Config, model: Any, layers: tuple[int, ...], teacher: int)
         ) from None
 
 
-def _of_width(config: Config, heads: int, neurons: int) -> Config:
-    """The keys with these where they leave them open; not checked against the others."""
-    keys = config.student
-    width = {"heads": keys.heads or heads, "neurons": keys.neurons or neurons}
-    return config.model_copy(update={"student": keys.model_copy(update=width)})
+def _between(
+    choices: list[tuple[int, range]], room: Callable[[int, int], float], fewest: float, most: float
+) -> tuple[int, int] | None:
+    """The first number of heads with the most neurons that leave room for ``fewest`` to ``most`` pieces.
+
+    Args:
+        choices: numbers of heads, and of neurons to go with each.
+        room: of heads and neurons; the fewer of them, the more.
+    """
+    for heads, neurons in choices:
+        falling = neurons[::-1]
+        place = bisect_left(falling, fewest, key=partial(room, heads))
+        if place < len(falling) and room(heads, falling[place]) <= most:
+            return heads, falling[place]
+    return None
 
 
 def fitting_pieces(config: Config, model: Any, layers: tuple[int, ...], tokenizer: Any, teacher: int) -> int:

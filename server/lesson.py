@@ -15,7 +15,7 @@ from common.public_text import apart_from, load_public_text
 from common.secure_sum import LEAST
 from common.store import cache_folder
 from server.robust import check_byzantine
-from server.teacher import Teacher, TeacherSource, check_head, check_length, prepare_teacher
+from server.teacher import Teacher, TeacherSource, check_head, check_length, labelled_rows, prepare_teacher
 from server.validation import validate
 
 
@@ -49,7 +49,7 @@ def prepare_lesson(config: Config, source: TeacherSource, progress: Progress, co
     if corpus is not None or config.data.private != AT_CLIENTS:  # else a teacher alone is wanted, without clients
         check_clients(config, data)
     public_text = public_texts(config, data, text, progress)
-    check_head(source, data.task, len(data.public))
+    check_head(source, data.task, len(labelled_rows(data, data.public)))
     teacher = prepare_teacher(config, source, data, cache, progress)
     model = load_teacher(teacher.folder).to(compute.device)
     return Lesson(data, teacher, model, validate(model, data, compute, progress), compute, tuple(public_text))

@@ -77,13 +77,13 @@ def open_origin(config: Config, lesson: Lesson, progress: Progress) -> Origin:
     model = load_teacher(source.folder, complete=not fresh, key=KEY, **fresh)
     config_hash = hash_file(source.folder / "config.json")  # other activations are another model of the same weights
     key = hash_json([hash_tensors(model.state_dict()), config_hash, tokenizer_hash(source.folder)])
-    own_pieces, tokens = compare(config, model, source.folder, lesson.teacher.folder), data.train.tokens
+    own_pieces, tokens = has_own_pieces(config, model, source.folder, lesson.teacher.folder), data.train.tokens
     if own_pieces:
         tokens = in_pieces_of(source.folder, data, cache_folder(config.runtime.cache), progress).train.tokens
     return Origin(source.folder, model, tokens, key, own_pieces, KEY)
 
 
-def compare(config: Config, model: Any, folder: Path, teacher: Path) -> bool:
+def has_own_pieces(config: Config, model: Any, folder: Path, teacher: Path) -> bool:
     """Whether the origin cuts text in another way than the teacher.
 
     Args:

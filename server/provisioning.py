@@ -7,7 +7,7 @@ keeps. What stands for quality is the number of parameters: a stated proxy, blin
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from common.cost import Cost, Work, predict_cost
 from common.dataset import load_tokenizer
 from common.devices import DeviceProfile
 from common.errors import InputError
+from common.families import head_count
 from common.keys import KEEPING
 from common.models import choose_layers, count_parameters
 from common.recipe import make_recipe
@@ -26,8 +27,10 @@ from common.slim import Shape, build
 from common.tasks import GLUE
 from common.vocabulary import choose_pieces
 from server.fitting import fit_width, fitting_pieces
+from server.origin import KEY
 from server.student import check_width, narrowed
 from server.teacher import TeacherSource
+from server.tiered import check_sizes
 
 QUARTERS = (4, 3, 2, 1)  # of the run's heads and neurons
 
@@ -72,10 +75,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Lattice:
-    """The students to choose from, most parameters first, and their teacher."""
+    """The students to choose from, most parameters first, and their teacher.
+
+    Attributes:
+        plan: the teacher's configuration.
+    """
 
     students: tuple[Candidate, ...]
     teacher: Size
+    plan: Any
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def make_lattice(config: Config, source: TeacherSource) -> Lattice:
     ]
     students.sort(key=lambda student: (-student.size.parameters, -student.size.layers))
     whole = Shape.whole(teacher, tuple(range(source.layers)))
-    return Lattice(tuple(students), size_of(teacher, whole))
+    return Lattice(tuple(students), size_of(teacher, whole), teacher)
 
 
 def teacher_config(config: Config, source: TeacherSource) -> Any:
@@ -166,8 +174,11 @@ def run_shape(
         teacher = teacher_parameters or count_parameters(model)
         config = fit_width(config, model, layers, teacher)
         pieces = fitting_pieces(config, model, layers, load_tokenizer(source.folder), teacher) or pieces
-    shape = Shape(shape.layers, shape.heads, shape.neurons, pieces, keys.embedding_rank)
-    check_width(config, shape, whole)
+    own = bool(keys.model)  # then its heads may be of another width than the teacher's
+    shape = replace(
+        shape, pieces=pieces, rank=keys.embedding_rank, head_size=whole.hidden_size // head_count(whole) if own else 0
+    )
+    check_width(config, shape, whole, KEY if own else "the teacher")
     # whether its losses can train it
     make_recipe(config, 1, narrowed(config, shape), beside or whole, regression=False)
     return narrowed(config, shape)
@@ -251,22 +262,27 @@ def _inside_one_another(fitting: Mapping[str, Sequence[Candidate]], place: Mappi
     return found
 
 
-def learn_together(config: Config, lattice: Lattice, devices: Sequence[Candidate]) -> Together:
-    """The keys for clients with these students, in this order."""
-    whole = lattice.students[0].name
-    held = [student.name for student in lattice.students if student in devices]  # the largest first
-    if not held or held == [whole]:
+def tiers_together(config: Config, lattice: Lattice, devices: Sequence[Candidate]) -> Together:
+    """The keys for clients with these students, in this order, or why they cannot learn together."""
+    whole = lattice.students[0]
+    held = [student.name for student in reversed(lattice.students) if student in devices and student != whole]
+    if not held:
         return Together({}, "")
-    if held[0] != whole:
-        told = f"to learn together, give student.layers, heads and neurons of {held[0]}"
-        return Together({}, f"no device holds the run's own student {whole} beside the others': {told}")
-    names = held[::-1]
-    try:  # as tiers that are drawn: how many clients hold each is not said yet
-        changed(config, {"student.tiers": ",".join(f"{name}@{1 / len(names):.3f}" for name in names[:-1])})
+    # as tiers that are drawn: how many clients hold each is not said yet
+    drawn = ",".join(f"{name}@{1 / (len(held) + 1):.3f}" for name in held)
+    try:
+        check_sizes(changed(config, {"student.tiers": drawn}), whole.shape, lattice.plan, regression=False)
     except InputError as error:
-        return Together({}, str(error))
+        return Together({}, str(error).replace(f"student.tiers = {drawn!r}", "student.tiers"))
+    if whole not in devices:
+        return Together(
+            {},
+            f"no device holds the run's own student {whole.name} beside the others': to learn together, give "
+            f"student.layers, heads and neurons of {held[-1]}",
+        )
+    names = [*held, whole.name]
     own = ",".join(str(1 + names.index(student.name)) for student in devices)
-    return Together({"student.tiers": ",".join(names[:-1]), "student.tier-of": own}, "")
+    return Together({"student.tiers": ",".join(held), "student.tier-of": own}, "")
 
 
 def _lies_inside(small: Candidate, large: Candidate) -> bool:

@@ -161,7 +161,7 @@ def keys_of_run(
     """The keys that were given; to continue the run in ``out``, its own, and these may only repeat them or add rounds.
 
     Args:
-        fixed: laid over those of a new run.
+        fixed: laid over those of a new run; a run that goes on has its own in their place.
 
     Raises:
         InputError: a key is wrong, or differs from the run's.
@@ -174,7 +174,8 @@ def keys_of_run(
     if not kept.is_file():  # killed before it began
         return load_config(config, settings, fixed=fixed)
     before = load_config(kept)
-    keys = load_config(config, settings, base=before)
+    own = before.flat()
+    keys = load_config(config, settings, base=before, fixed={name: own[name] for name in fixed or {}})
     check_resumed(before, keys, out)
     return keys
 

@@ -124,13 +124,17 @@ def check_length(source: TeacherSource, max_length: int, who: str = "the teacher
         raise InputError(f"data.max-length = {max_length}: {who} takes {source.positions} word pieces at most")
 
 
-def check_head(source: TeacherSource, task: Task, public: int) -> None:
-    """Raise `InputError` when the teacher neither fits the task nor can be made to."""
+def check_head(source: TeacherSource, task: Task, labelled: int) -> None:
+    """Raise `InputError` when the teacher neither fits the task nor can be made to.
+
+    Args:
+        labelled: how many examples with a label it could be fine-tuned on.
+    """
     check_labels(source, task)
-    if not source.head and not public:
+    if not source.head and not labelled:
         raise InputError(
-            "data.public-fraction: no public example is left to fine-tune the bare encoder on; give more, or a "
-            "teacher.model already fine-tuned for the task"
+            "data.public-fraction: no public example with a label is left to fine-tune the bare encoder on; give more, "
+            "or a teacher.model already fine-tuned for the task"
         )
 
 
@@ -161,10 +165,7 @@ def prepare_teacher(
     if source.head:
         model = load_teacher(source.folder)
         return Teacher(source.folder, hash_tensors(model.state_dict()), 0)
-    public = labelled_rows(data, data.public)
-    if not len(public):
-        raise InputError("data.public-fraction: no public example has a label to fine-tune the bare encoder on")
-    return tuned(config, source, data, public, cache=cache, progress=progress)
+    return tuned(config, source, data, labelled_rows(data, data.public), cache=cache, progress=progress)
 
 
 def tuned(

@@ -100,7 +100,20 @@ def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDatas
         shape: the whole student's.
         teacher: the teacher's configuration.
     """
-    keys, recipe = config.student, make_recipe(config, 1, shape, teacher, data.task.regression)
+    check_sizes(config, shape, teacher, data.task.regression)
+    keys = config.student
+    for tier, count in enumerate(clients_of_tiers(config, data)):
+        if not count:
+            which = f"tier {tier + 1}" if tier < len(keys.sizes) else "the whole student"
+            raise InputError(
+                f"student.tiers = {keys.tiers!r}: of {len(data.eligible)} clients none holds {which}; give more "
+                "clients, another share or another student.tier-of"
+            )
+
+
+def check_sizes(config: Config, shape: Shape, teacher: Any, regression: bool) -> None:
+    """Raise `InputError` unless the teacher has what each tier asks for, and each has something to learn."""
+    keys, recipe = config.student, make_recipe(config, 1, shape, teacher, regression)
     for size in keys.sizes:
         if not _learns(recipe, size.layers):
             raise InputError(
@@ -115,13 +128,6 @@ def check_tiers(config: Config, shape: Shape, teacher: Any, data: FederatedDatas
                 raise InputError(f"student.tiers = {keys.tiers!r}: {asked} {name}; the teacher has {most}")
         small = shape.beginning(size.layers, size.heads, size.neurons)
         relation_heads(config.distill.relation_heads, small, teacher)
-    for tier, count in enumerate(clients_of_tiers(config, data)):
-        if not count:
-            which = f"tier {tier + 1}" if tier < len(keys.sizes) else "the whole student"
-            raise InputError(
-                f"student.tiers = {keys.tiers!r}: of {len(data.eligible)} clients none holds {which}; give more "
-                "clients, another share or another student.tier-of"
-            )
 
 
 def _learns(recipe: Recipe, layers: int) -> bool:

@@ -33,7 +33,7 @@ from common.store import cache_folder
 from server.history import shape_figures
 from server.lesson import check_clients, public_texts
 from server.masked import prepare_masked_teacher
-from server.origin import KEY, check_first_piece, compare, find_origin
+from server.origin import KEY, check_first_piece, find_origin, has_own_pieces
 from server.preparation import check_windows, mentor_layers
 from server.provisioning import run_shape, teacher_config
 from server.report.words import size as weight
@@ -61,6 +61,8 @@ START_SECONDS = 15.0  # libraries, Ray and its workers, on an idle laptop
 @dataclass(frozen=True)
 class Bytes:
     """Of a round in the mean, in a simulation's messages; and for one client on a device of its own.
+
+    Up it is at most so much where `server.wire` is topk or svd.
 
     Attributes:
         down, up: training, and the scoring of the cohort in rounds that are scored; a last round that everybody scores
@@ -112,7 +114,7 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
     data = prepare_dataset(config, source.folder, cache_folder(config.runtime.cache), progress)
     check_clients(config, data)
     public_texts(config, data, text, progress)
-    check_head(source, data.task, len(data.public))
+    check_head(source, data.task, len(labelled_rows(data, data.public)))
     origin = find_origin(config) or source
     whole, teacher = _model_config(config, origin, data), _model_config(config, source, data)
     layers = choose_layers(config.student.layer_selection, config.student.layers, origin.layers)
@@ -120,7 +122,7 @@ def examine(config: Config, progress: Progress) -> dict[str, Any]:
     beside = copy.deepcopy(teacher)  # the student, while it learns
     beside.num_hidden_layers = mentor_layers(config, source.layers)
     shape = run_shape(config, origin, whole, layers, teacher_parameters=teacher_size.parameters, beside=beside)
-    _check_compared(config, source, origin, data, (teacher, whole))
+    _check_origin(config, source, origin, data, (teacher, whole))
     check_tiers(config, shape, teacher, data)
     if config.distill.general_rounds:
         prepare_masked_teacher(source)
@@ -177,16 +179,20 @@ def _model_config(config: Config, source: TeacherSource, data: FederatedDataset)
     return found
 
 
-def _check_compared(
+def _check_origin(
     config: Config, source: TeacherSource, origin: TeacherSource, data: FederatedDataset, plans: tuple[Any, Any]
 ) -> None:
-    """Raise `InputError` where states would be compared that cannot be; ``plans``: of the teacher and the origin."""
+    """Raise `InputError` where the origin has a head for another task, or states would be compared that cannot be.
+
+    Args:
+        plans: the configurations of the teacher and of the origin.
+    """
     with torch.device("meta"):
         model, cut = (build(plan, Shape.whole(plan, tuple(range(plan.num_hidden_layers)))) for plan in plans)
     check_first_piece(config, model, "this teacher")
     if config.student.model:
         check_labels(origin, data.task, KEY)
-        compare(config, cut, origin.folder, source.folder)
+        has_own_pieces(config, cut, origin.folder, source.folder)
 
 
 def _trained(config: Config, whole: Any, shape: Shape, taught: int) -> int:

@@ -110,6 +110,8 @@ def check_keys(config: Config) -> None:
     if config.distill.general_rounds or config.distill.prior_correction:
         what = "general-rounds" if config.distill.general_rounds else "prior-correction"
         raise InputError(f"distill.{what}: what it needs is not sent to devices; leave it out")
+    if config.task == "text" and not config.data.source:
+        raise InputError("data.source is empty: task = text needs a CSV, JSONL or Parquet file of public text")
     if config.student.model:
         raise InputError(
             f"student.model = {config.student.model!r}: a student of its own is not sent to devices; leave it out"

@@ -27,8 +27,8 @@ from server.provisioning import (
     Together,
     choose_student,
     fit_tiers,
-    learn_together,
     make_lattice,
+    tiers_together,
 )
 from server.teacher import check_length, find_teacher
 from simulations.display import console_on, progress_for
@@ -63,7 +63,7 @@ def provision(config: Config, profiles: Path, *, probed: bool, out: Path | None)
     for name, choice in choices.items():
         console.print(refusal_table(name, choice))
     tiers = fit_tiers(lattice, choices, work)
-    together = learn_together(config, lattice, list(tiers.values()))
+    together = tiers_together(config, lattice, list(tiers.values()))
     for line in tier_lines(tiers, together):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if out is not None:
@@ -112,12 +112,12 @@ def refusal_table(name: str, choice: Choice) -> Table | Text:
 def tier_lines(tiers: Mapping[str, Candidate], together: Together) -> list[str]:
     """The keys by which these devices learn together, as TOML, or why they cannot; none where one student fits all."""
     if together.refused:
-        return [f"\nno tiers: {together.refused}"]
+        return [f"\nno tiers for these devices: {together.refused}"]
     if not together.keys:
         return []
     entries = [f"{key.removeprefix('student.')} = {json.dumps(value)}" for key, value in together.keys.items()]
     told = "(all keep to their budgets with the smaller students inside their own, which the table leaves out)"
-    return [f"\nto learn together, clients in this order: {', '.join(tiers)}", told, "[student]", *entries]
+    return [f"\nto learn together, {len(tiers)} clients in this order: {', '.join(tiers)}", told, "[student]", *entries]
 
 
 def probe_line(found: Measured) -> str:

@@ -112,9 +112,12 @@ def test_bytes_of_an_update_of_minilm(kind, ratio):
 @pytest.mark.parametrize("share", [0.02, 1 / 255, 0.001])
 def test_no_update_takes_more_bytes_than_are_told(kind, share):
     update = draw({"a": (300, 200), "b": (70, 1000)})
-    entries, scales = 130_000, 4 * (300 + 70)  # a scale a row, or one an array
-    told = entry_bytes(kind, share) * entries
-    assert 0.7 * told <= size(compress(update, wire(kind, topk=share), np.random.default_rng(0))) <= told + scales
+    if kind == "topk":
+        update["b"][-10:] += 1.0  # the largest stand at the end: before them all is zeros that are skipped
+    scales = {"fp32": 0, "fp16": 0, "int8": 300 + 70, "topk": 1, "svd": 2}[kind]  # a row's, the update's, an array's
+    sent = size(compress(update, wire(kind, topk=share), np.random.default_rng(0))) - 4 * scales
+    told = entry_bytes(kind, share) * 130_000
+    assert 0.9 * told <= sent <= told
 
 
 def test_a_low_rank_update_takes_few_bytes_and_a_full_rank_one_no_more_than_float16():

@@ -70,15 +70,20 @@ def test_what_trimming_alone_reaches_or_the_keys_say_already_stays():
     assert room(model, 6, 9, 256, ratio=0.4) >= 0.4 * 30_522 > room(model, 6, 10, 256, ratio=0.4)
 
 
-@pytest.mark.parametrize(("sizes", "layers"), [(MINILM, 6), (MINILM, 4), (BERT, 6), (BERT, 12)])
-@pytest.mark.parametrize("rank", [16, 64])
-def test_where_a_head_is_worth_all_pieces_the_neurons_are_chosen_by_themselves(sizes, layers, rank):
+@pytest.mark.parametrize(
+    ("sizes", "layers", "rank", "ratio"),
+    [
+        (MINILM, 6, 16, 0.3), (MINILM, 6, 64, 0.3), (MINILM, 4, 16, 0.3), (MINILM, 3, 4, 0.25), (MINILM, 6, 0, 0.1),
+        (BERT, 12, 16, 0.3), (BERT, 12, 64, 0.3), (BERT, 3, 4, 0.2), (BERT, 6, 32, 0.4), (BERT, 9, 64, 0.6),
+    ],
+)  # fmt: skip
+def test_where_a_head_is_worth_all_pieces_the_neurons_are_counted_separately(sizes, layers, rank, ratio):
     model = empty(sizes)
-    found = fitted(model, layers, target_ratio=0.3, embedding_rank=rank)
-    left = room(model, layers, found.heads, found.neurons, ratio=0.3, rank=rank)
-    assert 0.3 * 30_522 <= left <= 30_522
-    if found.neurons != sizes["intermediate_size"] * found.heads // sizes["num_attention_heads"]:
-        assert room(model, layers, found.heads, found.neurons + 1, ratio=0.3, rank=rank) < 0.3 * 30_522
+    found = fitted(model, layers, target_ratio=ratio, embedding_rank=rank)
+    heads, neurons = found.heads or sizes["num_attention_heads"], found.neurons or sizes["intermediate_size"]
+    assert ratio * 30_522 <= room(model, layers, heads, neurons, ratio=ratio, rank=rank) <= 30_522
+    if neurons != sizes["intermediate_size"] * heads // sizes["num_attention_heads"]:
+        assert room(model, layers, heads, neurons + 1, ratio=ratio, rank=rank) < ratio * 30_522
 
 
 def test_a_width_that_other_keys_do_not_allow_is_refused_with_both_reasons():

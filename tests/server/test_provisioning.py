@@ -8,7 +8,7 @@ from common.devices import PRESETS, DeviceProfile
 from common.errors import InputError
 from common.models import count_parameters, load_teacher
 from common.slim import cut_student
-from server.provisioning import Together, broken_budget, choose_student, fit_tiers, learn_together, make_lattice
+from server.provisioning import Together, broken_budget, choose_student, fit_tiers, make_lattice, tiers_together
 from server.teacher import find_teacher
 
 
@@ -76,13 +76,23 @@ def test_students_of_unequal_devices_lie_inside_one_another(tiny_teacher):
     assert choices["narrow"].best.name == "3/1/16"
     assert found["narrow"].name == "1/1/8"  # no room to train that inside another
     check_budgets(lattice, found, devices, work)
-    keys = learn_together(config, lattice, list(found.values())).keys
+    keys = tiers_together(config, lattice, list(found.values())).keys
     shape = {"teacher.model": str(tiny_teacher), "student.layers": 3, "student.heads": 2, "student.neurons": 32}
     checked = from_flat({"task": "sst2", **shape, **keys, "data.clients": 4})  # each fits into the next
     names = [f"{size.layers}/{size.heads}/{size.neurons}" for size in checked.student.sizes]
     own = [[*names, "3/2/32"][tier] for tier in checked.student.holders]
     assert own == [student.name for student in found.values()]
-    assert learn_together(config, lattice, [lattice.students[0]] * 2) == Together({}, "")
+    assert tiers_together(config, lattice, [lattice.students[0]] * 2) == Together({}, "")
+
+
+def test_a_student_that_as_a_tier_has_no_loss_is_not_printed_as_one(tiny_teacher):
+    """By itself it compares its own last layer; as a tier the whole student's, which it has not."""
+    losses = {"soft-weight": 0.0, "hard-weight": 0.0, "hidden-weight": 1.0, "hidden-layers": "last"}
+    keys = {f"distill__{name}": value for name, value in losses.items()} | {"student__width-selection": "random"}
+    config, lattice = lattice_of(tiny_teacher, **keys)
+    together = tiers_together(config, lattice, [lattice.students[0], lattice.students[-1]])
+    assert together.keys == {}
+    assert "compare layers that 1 layers do not hold" in together.refused
 
 
 @pytest.mark.parametrize(
@@ -90,9 +100,9 @@ def test_students_of_unequal_devices_lie_inside_one_another(tiny_teacher):
 )
 def test_tiers_that_a_run_would_refuse_are_withheld_with_the_reason(tiny_teacher, keys):
     config, lattice = lattice_of(tiny_teacher, **keys)
-    together = learn_together(config, lattice, [lattice.students[0], lattice.students[-1]])
+    together = tiers_together(config, lattice, [lattice.students[0], lattice.students[-1]])
     assert together.keys == {}
-    assert "student.tiers = '1/1/8@0.500': " in together.refused
+    assert together.refused.startswith("student.tiers: clients of each tier are added up by themselves, ")
     assert next(iter(keys)).replace("__", ".").replace("_", "-") in together.refused
 
 

@@ -15,7 +15,15 @@ from common.models import load_teacher
 from common.progress import Silent
 from common.tasks import GLUE, TOY, text_task
 from server import teacher as module
-from server.teacher import TeacherSource, check_head, check_length, find_teacher, fine_tune, prepare_teacher
+from server.teacher import (
+    TeacherSource,
+    check_head,
+    check_length,
+    find_teacher,
+    fine_tune,
+    labelled_rows,
+    prepare_teacher,
+)
 from tests.conftest import make_dataset, make_reviews, make_sentences, make_teacher
 
 
@@ -217,14 +225,13 @@ def test_a_teacher_with_a_head_is_used_as_it_is(tiny_teacher, federation, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_public_examples_without_labels_cannot_fine_tune(encoder, federation, tmp_path):
-    config, data, _ = federation
+def test_public_examples_without_labels_cannot_fine_tune(encoder, federation):
+    data = federation[1]
     fields = {name: getattr(data, name) for name in FederatedDataset.__dataclass_fields__}
     blank = type(data.train)(data.train.tokens, np.full(len(data.train), -1), data.train.keys)
-    with pytest.raises(InputError, match="no public example has a label"):
-        prepare_teacher(
-            config, find_teacher(str(encoder)), FederatedDataset(**fields | {"train": blank}), tmp_path, Silent()
-        )
+    labelled = labelled_rows(FederatedDataset(**fields | {"train": blank}), data.public)
+    with pytest.raises(InputError, match="no public example with a label is left"):
+        check_head(find_teacher(str(encoder)), data.task, len(labelled))
 
 
 def test_a_multi_label_teacher_says_so_and_fits_no_other_task(encoder, tmp_path):

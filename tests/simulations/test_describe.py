@@ -170,6 +170,14 @@ REFUSED: dict[str, dict[str, Any]] = {
         "distill.hidden-layers": "1:1",
     },
     "a head of another task": {"origin": 3},
+    "more heads than the student's origin has": {"origin": 0, "student.heads": 9},
+    "relation heads that do not divide the student": {
+        "origin": 0,
+        "origin width": 8,
+        "student.heads": 1,
+        "distill.relation-weight": 1.0,
+        "distill.relation-heads": 8,
+    },
     "layers that the teacher has not": {"origin": 0, "distill.hidden-layers": "1:4", "distill.hidden-weight": 1.0},
 }
 
@@ -180,7 +188,8 @@ def test_what_a_run_refuses_is_refused(tmp_path, keys, name):
     if labels := given.pop("labels", 0):
         given["teacher.model"] = str(make_teacher(tmp_path / "ready", labels=labels))
     if (labels := given.pop("origin", None)) is not None:
-        given["student.model"] = str(make_teacher(tmp_path / "origin", labels=labels, layers=5, seed=1))
+        width = given.pop("origin width", 16)
+        given["student.model"] = str(make_teacher(tmp_path / "origin", labels=labels, layers=5, seed=1, width=width))
     config = from_flat(given)
     with pytest.raises(InputError) as run:
         prepare(config, Silent())

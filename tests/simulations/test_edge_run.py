@@ -7,7 +7,7 @@ from common.config import load_config
 from common.errors import InputError
 from common.wire import Joined
 from server.edge_folder import init
-from server.run_folder import keys_of_run
+from server.run_folder import RunFolder, keys_of_run
 from simulations import edge_run
 from simulations.edge_run import LOST_SECONDS, Absence, check_keys, keys_of_clients, with_other_data
 
@@ -29,12 +29,26 @@ def test_keys_count_the_clients_that_may_take_part(tmp_path, clients, settings):
     assert len(np.unique(config.tier_of(clients))) == len(config.student.sizes) + 1
 
 
+def test_a_run_goes_on_with_its_clients_and_the_file_that_it_began_with(tmp_path):
+    """The file may be one that is shared with simulations, and another client may have been admitted since."""
+    edge, file, out = init(tmp_path / "fed", "a", 3, 9092), tmp_path / "run.toml", tmp_path / "run"
+    file.write_text('[data]\nclients = 20\npartition = "dirichlet"\n')
+    begun = keys_of_run(file, PUBLIC, None, resume=False, fixed=keys_of_clients(edge))
+    RunFolder(out, begun)
+    fixed = keys_of_clients(init(tmp_path / "more", "a", 4, 9092))
+    assert keys_of_run(file, PUBLIC, out, resume=True, fixed=fixed) == begun
+    with pytest.raises(InputError, match=r"seed"):
+        keys_of_run(file, [*PUBLIC, "seed=3"], out, resume=True, fixed=fixed)
+
+
 def test_what_does_not_fit_devices_is_refused_by_name(tmp_path):
     fixed = keys_of_clients(init(tmp_path / "fed", "a", 2, 9092))
     with pytest.raises(InputError, match=r"cohort = 3: there are data\.clients = 2"):
         keys_of_run(None, [*PUBLIC, "server.cohort=3"], None, resume=False, fixed=fixed)
     with pytest.raises(InputError, match="task = 'toy': real clients have texts of their own"):
         keys_of_run(None, [], None, resume=False, fixed=fixed)
+    with pytest.raises(InputError, match=r"data\.source is empty: task = text needs"):
+        check_keys(keys_of_run(None, [PUBLIC[0], *PUBLIC[2:]], None, resume=False, fixed=fixed))
     with pytest.raises(InputError, match="this run was a simulation"):
         check_keys(load_config(None, PUBLIC))
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from common.config import from_flat
 from common.cost import Work
 from common.devices import load_profiles
-from server.provisioning import choose_student, learn_together, make_lattice
+from server.provisioning import choose_student, make_lattice, tiers_together
 from server.teacher import find_teacher
 from simulations import cli
 from simulations.provision import choice_table, refusal_table, tier_lines
@@ -78,18 +78,18 @@ def test_the_file_holds_all_figures(tmp_path, tiny_teacher, capfd):
         "[student]",
         *(f'{key} = "{found["tiers"][f"student.{key}"]}"' for key in ("tiers", "tier-of")),
     ]
-    assert lines[-5] == "to learn together, clients in this order: a-phone-with-a-very-long-name, desk"
+    assert lines[-5] == "to learn together, 2 clients in this order: a-phone-with-a-very-long-name, desk"
 
 
 def test_without_a_device_for_the_whole_student_there_are_no_tiers(tiny_teacher):
     config = from_flat({"teacher.model": str(tiny_teacher), "student.layers": 3})
     lattice = make_lattice(config, find_teacher(str(tiny_teacher)))
     largest, smallest = lattice.students[0], lattice.students[-1]
-    (line,) = tier_lines({"a": smallest}, together := learn_together(config, lattice, [smallest]))
+    (line,) = tier_lines({"a": smallest}, together := tiers_together(config, lattice, [smallest]))
     assert together.keys == {}
     assert "no device holds the run's own student 3/2/32" in line
     assert line.endswith("layers, heads and neurons of 1/1/8")
-    assert tier_lines({"a": largest}, learn_together(config, lattice, [largest])) == []
+    assert tier_lines({"a": largest}, tiers_together(config, lattice, [largest])) == []
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, tiny_teacher, capfd):
